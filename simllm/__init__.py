@@ -1,0 +1,58 @@
+"""simllm: what training a large language model costs on a cluster, how to split it, and how sure that is.
+
+The names below are loaded when they are first used, so that ``import simllm`` stays cheap.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from simllm.hardware import Cluster
+    from simllm.models import Model
+    from simllm.models.activations import Recompute
+    from simllm.network import Group, price
+    from simllm.parallel import Plan
+    from simllm.planner import plan
+    from simllm.training import Estimate, Training, estimate
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Cluster": "simllm.hardware",
+    "Estimate": "simllm.training",
+    "Group": "simllm.network",
+    "Model": "simllm.models",
+    "Plan": "simllm.parallel",
+    "Recompute": "simllm.models.activations",
+    "Training": "simllm.training",
+    "estimate": "simllm.training",
+    "plan": "simllm.planner",
+    "price": "simllm.network",
+}
+
+__all__ = [
+    "Cluster",
+    "Estimate",
+    "Group",
+    "Model",
+    "Plan",
+    "Recompute",
+    "Training",
+    "estimate",
+    "plan",
+    "price",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(import_module(_HOME[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'simllm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

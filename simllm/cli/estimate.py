@@ -1,0 +1,157 @@
+"""``simllm estimate``: time, memory and money of one plan."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+from simllm.cli.options import (
+    ClusterName,
+    GlobalBatchSize,
+    Gpus,
+    Headroom,
+    Json,
+    ModelName,
+    Output,
+    Plot,
+    Precision,
+    Price,
+    SeqLen,
+    StackName,
+    Tokens,
+    count,
+    load_cluster,
+    load_model,
+    make_training,
+    optional_price,
+    optional_tokens,
+)
+from simllm.cli.output import check_output, check_plot, emit, write_file
+from simllm.errors import InputError
+
+if TYPE_CHECKING:
+    from simllm.parallel.plan import Zero
+
+__all__ = ["estimate"]
+
+
+def estimate(
+    model: ModelName,
+    cluster: ClusterName,
+    gpus: Gpus,
+    global_batch_size: GlobalBatchSize,
+    micro_batch_size: Annotated[
+        str, typer.Option("--micro-batch-size", metavar="N", help="Sequences per data-parallel rank and micro-step.")
+    ] = "1",
+    seq_len: SeqLen = None,
+    tp: Annotated[str, typer.Option("--tp", metavar="N", help="Tensor parallelism.")] = "1",
+    pp: Annotated[str, typer.Option("--pp", metavar="N", help="Pipeline parallelism.")] = "1",
+    vpp: Annotated[str, typer.Option("--vpp", metavar="N", help="Model chunks per pipeline rank.")] = "1",
+    cp: Annotated[str, typer.Option("--cp", metavar="N", help="Context parallelism.")] = "1",
+    ep: Annotated[str, typer.Option("--ep", metavar="N", help="Expert parallelism.")] = "1",
+    etp: Annotated[
+        str | None,
+        typer.Option("--etp", metavar="N", help="Tensor parallelism in an expert. Default: what the stack does."),
+    ] = None,
+    dp: Annotated[
+        str | None,
+        typer.Option("--dp", metavar="N", help="Data parallelism. Default: the GPUs over tp x pp x cp."),
+    ] = None,
+    zero: Annotated[
+        str, typer.Option("--zero", metavar="STAGE", help="What data parallelism shards: 0, 1, 2, 3 or hsdp.")
+    ] = "1",
+    hsdp_shard: Annotated[
+        str | None,
+        typer.Option("--hsdp-shard", metavar="N", help="Ranks that share a copy in hsdp. Default: the domain's."),
+    ] = None,
+    sequence_parallel: Annotated[
+        bool | None,
+        typer.Option(
+            "--sequence-parallel/--no-sequence-parallel",
+            help="Split activations outside tensor parallelism too. Default: with tp above 1.",
+            show_default=False,
+        ),
+    ] = None,
+    precision: Precision = "bf16",
+    recompute: Annotated[
+        str,
+        typer.Option("--recompute", metavar="POLICY", help="none, selective, full, every:N or list:OPERATOR,OPERATOR."),
+    ] = "none",
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            "--schedule",
+            metavar="NAME",
+            help="gpipe, 1f1b or interleaved. Default: 1f1b, interleaved with vpp.",
+        ),
+    ] = None,
+    uneven_layers: Annotated[
+        bool,
+        typer.Option("--uneven-layers", help="Deal out layers that the pipeline does not divide all the same."),
+    ] = False,
+    stack: StackName = "megatron-core",
+    memory_headroom: Headroom = "0.05",
+    tokens: Tokens = None,
+    price: Price = None,
+    as_json: Json = False,
+    output: Output = None,
+    plot: Plot = None,
+) -> None:
+    """Estimate the time and memory of one plan.
+
+    \b
+    Example:
+      simllm estimate llama-3-70b --cluster dgx-h100 --gpus 512 --tp 8 --pp 4 \\
+        --global-batch-size 1024 --seq-len 8k --tokens 15T
+    """
+    from simllm import training
+    from simllm.models.activations import Recompute
+    from simllm.parallel.plan import Plan
+    from simllm.report.estimates import estimate_dict, estimate_report
+    from simllm.training.budget import budget
+
+    check_output(output)
+    picture = check_plot(plot)
+    run_tokens, usd = optional_tokens(tokens), optional_price(price)
+    tensor, pipeline, chunks, context = count(tp, "--tp"), count(pp, "--pp"), count(vpp, "--vpp"), count(cp, "--cp")
+    loaded = load_model(model)
+    where = load_cluster(cluster, gpus)
+    run = make_training(loaded, seq_len, stack, memory_headroom)
+    default_etp = run.expert_tensor_parallel(tensor) if "experts" in loaded.parameters.by_component else 1
+    split = Plan(
+        tp=tensor,
+        pp=pipeline,
+        vpp=chunks,
+        cp=context,
+        ep=count(ep, "--ep"),
+        etp=default_etp if etp is None else count(etp, "--etp"),
+        dp=_data_parallel(where.num_gpus, tensor, pipeline, context) if dp is None else count(dp, "--dp"),
+        zero=cast("Zero", zero),
+        hsdp_shard=0 if hsdp_shard is None else count(hsdp_shard, "--hsdp-shard"),
+        sequence_parallel=tensor > 1 if sequence_parallel is None else sequence_parallel,
+        micro_batch_size=count(micro_batch_size, "--micro-batch-size"),
+        global_batch_size=count(global_batch_size, "--global-batch-size"),
+        recompute=Recompute.parse(recompute),
+        precision=precision,
+        schedule=schedule or ("interleaved" if chunks > 1 else "1f1b"),
+        uneven_layers=uneven_layers,
+    )
+    answer = training.estimate(loaded, where, split, run)
+    cost = None if run_tokens is None else budget(answer, run_tokens, usd)
+    if plot is not None:
+        from simllm.report.plots import plot_estimate
+
+        write_file(plot, plot_estimate(answer, picture), "--plot")
+    emit(lambda: estimate_dict(answer, cost), lambda: estimate_report(answer, cost), as_json, output)
+
+
+def _data_parallel(gpus: int, tp: int, pp: int, cp: int) -> int:
+    """What the other degrees leave of the GPUs."""
+    replica = tp * pp * cp
+    if gpus % replica:
+        raise InputError(
+            f"tp={tp} x pp={pp} x cp={cp} = {replica} does not divide the {gpus} GPUs; "
+            f"give degrees whose product divides {gpus}"
+        )
+    return gpus // replica

@@ -1,0 +1,167 @@
+"""Options that several commands share, and how their words become quantities.
+
+Quantities are read as text and parsed by `simllm.units`, so that `8k` and `256MB` work everywhere and every wrong
+number is answered in the same words.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from simllm.errors import InputError
+from simllm.units import parse_bytes, parse_count, parse_positive, parse_seq_len
+
+if TYPE_CHECKING:
+    from simllm.hardware import Cluster
+    from simllm.models import Model
+    from simllm.training import Training
+
+__all__ = [
+    "MOST_GPUS",
+    "ClusterName",
+    "GlobalBatchSize",
+    "Gpus",
+    "Headroom",
+    "Json",
+    "ModelName",
+    "Output",
+    "Plot",
+    "Precision",
+    "Price",
+    "SeqLen",
+    "StackName",
+    "Tokens",
+    "count",
+    "load_cluster",
+    "load_model",
+    "make_training",
+    "optional_price",
+    "optional_tokens",
+    "sequence_length",
+    "size_bytes",
+]
+
+#: Beyond any machine that exists or is planned: a typing error, not a question.
+MOST_GPUS = 10_000_000
+
+#: What a sequence is cut to when nothing is said, and what stands in for a context length that a model does not state.
+_LONGEST_DEFAULT, _NO_CONTEXT = 8192, 2048
+
+ModelName = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A name of the catalog, a Hugging Face config.json, or a folder holding one."),
+]
+ClusterName = Annotated[
+    str,
+    typer.Option(
+        "--cluster", metavar="NAME", help="A system of the catalog (see simllm hardware list) or a YAML file."
+    ),
+]
+Gpus = Annotated[str, typer.Option("--gpus", metavar="N", help="GPUs in use: at most one node, or whole nodes.")]
+GlobalBatchSize = Annotated[str, typer.Option("--global-batch-size", metavar="N", help="Sequences per optimizer step.")]
+SeqLen = Annotated[
+    str | None,
+    typer.Option(
+        "--seq-len",
+        metavar="S",
+        help="Tokens in a sequence, such as 4096 or 8k. Default: the model's context length, at most 8k "
+        "(2k where the model states none).",
+    ),
+]
+Tokens = Annotated[
+    str | None,
+    typer.Option("--tokens", metavar="T", help="Tokens of the whole run, such as 15T: days, hours, USD."),
+]
+Price = Annotated[
+    str | None,
+    typer.Option("--price", metavar="USD", help="USD per GPU-hour. Default: the list price in the device's profile."),
+]
+Precision = Annotated[
+    str, typer.Option("--precision", metavar="NAME", help="bf16, fp16, fp32, tf32, fp8, mxfp8 or nvfp4.")
+]
+StackName = Annotated[
+    str, typer.Option("--stack", metavar="NAME", help="Software stack; simllm hardware list names them.")
+]
+Headroom = Annotated[
+    str,
+    typer.Option(
+        "--memory-headroom", metavar="F", help="Fraction of the device memory to leave free for fragmentation."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document with SI units.")]
+Output = Annotated[
+    str | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FILE",
+        help="Write the answer to FILE instead of standard output; as JSON with --json or a name ending in .json.",
+    ),
+]
+Plot = Annotated[str | None, typer.Option("--plot", metavar="FILE", help="Also draw a picture: .png, .svg or .pdf.")]
+
+
+def count(text: str, option: str, maximum: float = MOST_GPUS) -> int:
+    """A whole number above zero, named by its option when it is wrong."""
+    return parse_count(text, option, maximum)
+
+
+def size_bytes(text: str, option: str) -> int:
+    """A number of bytes."""
+    return parse_bytes(text, option)
+
+
+def fraction(text: str, option: str) -> float:
+    """A number from 0 up to, not including, 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < 1:
+        raise InputError(f"{option}={text} must be a number of at least 0 and below 1, such as 0.05")
+    return value
+
+
+def optional_tokens(text: str | None) -> int | None:
+    """The tokens of a run, where they were given."""
+    return None if text is None else parse_count(text, "--tokens")
+
+
+def optional_price(text: str | None) -> float | None:
+    """USD per GPU-hour, where it was given."""
+    return None if text is None else parse_positive(text, "--price", maximum=1e6)
+
+
+def sequence_length(text: str | None, model: Model) -> int:
+    """The length asked for, or the default that the help states."""
+    if text is not None:
+        return parse_seq_len(text, "--seq-len")
+    return min(model.spec.context_length or _NO_CONTEXT, _LONGEST_DEFAULT)
+
+
+def load_model(name: str) -> Model:
+    """The model meant by MODEL."""
+    from simllm.models import Model
+
+    return Model.load(name)
+
+
+def load_cluster(name: str, gpus: str) -> Cluster:
+    """The cluster meant by --cluster and --gpus."""
+    from simllm.hardware import load_cluster
+
+    return load_cluster(name, count(gpus, "--gpus"))
+
+
+def make_training(model: Model, seq_len: str | None, stack: str, headroom: str) -> Training:
+    """The run described by --seq-len, --stack and --memory-headroom."""
+    from simllm.training import Training
+
+    return Training(
+        seq_len=sequence_length(seq_len, model),
+        stack=stack,
+        memory_headroom=fraction(headroom, "--memory-headroom"),
+    )

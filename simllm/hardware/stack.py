@@ -1,0 +1,185 @@
+"""Software stacks: what a training framework does, as named physical facts.
+
+A stack says which kernels run, what is fused, what overlaps, what is kept in memory and in how many bytes. It holds no
+multiplier for a run, a model or a row: only facts that hold wherever the software is used, each with its source.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import msgspec
+
+from simllm.hardware.figures import Bytes, Count, Figure
+from simllm.hardware.profiles import figures_of, find_profile, list_profiles, load_profile_file, register_kind
+from simllm.hardware.profiles import load_profile as _load_profile
+
+__all__ = ["Stack", "list_stacks", "load_stack"]
+
+
+class Fraction(Figure, frozen=True):
+    """A share between 0 and 1."""
+
+    dimension: ClassVar[str | None] = "fraction"
+    minimum: ClassVar[float | None] = 0.0
+    maximum: ClassVar[float | None] = 1.0
+
+
+class Seconds(Figure, frozen=True):
+    """A time, possibly none."""
+
+    dimension: ClassVar[str | None] = "time"
+    minimum: ClassVar[float | None] = 0.0
+
+
+class BytesPer(Figure, frozen=True):
+    """Bytes per parameter or per logit, possibly none."""
+
+    dimension: ClassVar[str | None] = "bytes/param"
+    minimum: ClassVar[float | None] = 0.0
+
+
+class Factor(Figure, frozen=True):
+    """A ratio of one implementation to the ideal one."""
+
+    dimension: ClassVar[str | None] = "count"
+
+
+class Kernels(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which kernels run.
+
+    Attributes
+    ----------
+    attention : str
+        ``best``: the fastest fused kernel there is for the device; or ``unfused``, ``flash1``, ``flash2``, ``flash3``,
+        ``cudnn``.
+    attention_rate : Fraction
+        Rate of the stack's attention relative to that kernel's measurements: an older or untuned build.
+    norm, activation, rope, dropout_add : str
+        ``fused`` or ``eager`` (a chain of single PyTorch operators).
+    """
+
+    attention: Literal["best", "unfused", "flash1", "flash2", "flash3", "cudnn"]
+    attention_rate: Fraction
+    norm: Literal["fused", "eager"]
+    activation: Literal["fused", "eager"]
+    rope: Literal["fused", "eager"]
+    dropout_add: Literal["fused", "eager"]
+
+
+class Overlap(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What of the communication stays visible although it runs beside computation.
+
+    ``*_exposed``: the share of min(communication, computation) that still shows; 1 means one after the other.
+    """
+
+    tensor_parallel_exposed: Fraction
+    context_parallel_exposed: Fraction
+    expert_parallel_exposed: Fraction
+    gradient_exposed: Fraction
+    parameter_gather_exposed: Fraction
+    fully_sharded_exposed: Fraction
+    pipeline_exposed: Fraction
+
+
+class States(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Bytes kept per parameter for mixed-precision Adam, before sharding.
+
+    Attributes
+    ----------
+    parameter : BytesPer
+        The copy the layers are stored in.
+    gradient : BytesPer
+        The buffer that gradients accumulate in.
+    optimizer : BytesPer
+        Master parameters and moments; sharded from ZeRO stage 1 on.
+    gathered_parameter : BytesPer
+        The copy that layers compute with under full sharding, while they are gathered.
+    gradient_on_wire : BytesPer
+        Bytes per parameter that a gradient reduction sends.
+    """
+
+    parameter: BytesPer
+    gradient: BytesPer
+    optimizer: BytesPer
+    gathered_parameter: BytesPer
+    gradient_on_wire: BytesPer
+
+
+class Costs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Costs of the framework around the layers.
+
+    Attributes
+    ----------
+    host_per_layer_forward : Seconds
+        Time the host needs to launch one layer forward; a layer is never faster. The backward takes
+        ``host_backward_ratio`` times as long.
+    loss_traffic, logits_saved : BytesPer
+        Bytes moved (forward and backward) and kept per logit.
+    optimizer_traffic : BytesPer
+        Bytes moved per parameter by the optimizer step with gradient clipping.
+    moe_permute_traffic : Factor
+        Bytes moved to permute tokens to experts and back, relative to one read and one write.
+    context : Bytes
+        Device memory outside the framework's allocator: CUDA context, NCCL.
+    """
+
+    host_per_layer_forward: Seconds
+    host_backward_ratio: Factor
+    loss_traffic: BytesPer
+    logits_saved: BytesPer
+    optimizer_traffic: BytesPer
+    moe_permute_traffic: Factor
+    context: Bytes
+
+
+class Stack(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind", tag="stack"):
+    """One software stack.
+
+    Attributes
+    ----------
+    name, description : str
+    frameworks : tuple of str
+        How published tables spell it; the longest one that a framework's name starts with decides.
+    expert_tensor_parallel : str
+        ``tp``: experts are split like the dense layers; ``one``: expert groups fold over the tensor-parallel ranks.
+    vocab_multiple : Count
+        The vocabulary is padded to a multiple of this times tp.
+    """
+
+    name: str
+    description: str
+    frameworks: tuple[str, ...]
+    kernels: Kernels
+    overlap: Overlap
+    states: States
+    costs: Costs
+    expert_tensor_parallel: Literal["tp", "one"]
+    vocab_multiple: Count
+
+    @property
+    def figures(self) -> dict[str, Figure]:
+        """Every figure by its key path."""
+        return figures_of(self)
+
+
+def list_stacks() -> tuple[str, ...]:
+    """Names of the stacks in the catalog."""
+    return list_profiles("stacks")
+
+
+def load_stack(name: str) -> Stack:
+    """A software stack by its name.
+
+    >>> load_stack("megatron-core").states.optimizer.si
+    12.0
+    """
+    return load_profile_file(find_profile("stacks", name, "software stack"), Stack)
+
+
+def _check(path: object, data: dict[str, object]) -> list[str]:
+    _load_profile(data, Stack, str(path))
+    return []
+
+
+register_kind("stack", _check)

@@ -1,0 +1,133 @@
+"""Which tensors a block keeps from forward to backward, and which operators run again.
+
+There is no activation formula: every operator names the tensors its backward pass needs, a tensor needed twice is
+kept once, and a recomputation policy says which operators run again instead of keeping what they produced.
+The published formulas (Korthikanti 2022, arXiv:2205.05198, equations 1 to 6) follow, and are tests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from simllm.errors import InputError, unknown_name
+from simllm.models.graph import Graph, Implementation, Layout, Operator, Tensor
+from simllm.models.operators import Attention
+
+__all__ = ["Recompute", "kept_tensors", "recomputed_operators", "saved_bytes", "saved_bytes_by_operator"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recompute:
+    """Which operators of a layer run again in the backward pass.
+
+    Attributes
+    ----------
+    kind : str
+        ``none``; ``selective``: the attention core (Korthikanti 2022, section 5); ``full``: the whole layer, of which
+        only the input is kept; ``list``: the operators named in ``operators``.
+    every : int
+        With ``full``: every n-th layer is recomputed, the others keep everything.
+    operators : tuple of str
+        With ``list``: names of operators of the graph.
+    """
+
+    kind: str = "none"
+    every: int = 1
+    operators: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Recompute:
+        """From the command line's spelling.
+
+        >>> Recompute.parse("full")
+        Recompute(kind='full', every=1, operators=())
+        >>> Recompute.parse("every:4").every
+        4
+        >>> Recompute.parse("list:act,mlp_norm").operators
+        ('act', 'mlp_norm')
+        """
+        kind, _, rest = text.partition(":")
+        if kind in ("none", "selective", "full") and not rest:
+            return cls(kind=kind)
+        if kind == "every" and rest.isdigit() and int(rest) > 0:
+            return cls(kind="full", every=int(rest))
+        if kind == "list" and rest:
+            return cls(kind="list", operators=tuple(name.strip() for name in rest.split(",")))
+        if kind in ("every", "list"):
+            raise InputError(f"recompute={text} is incomplete; write every:2 or list:act,mlp_norm")
+        raise unknown_name("recompute policy", text, ["none", "selective", "full", "every:N", "list:OPERATOR,..."])
+
+    def __str__(self) -> str:
+        if self.kind == "full" and self.every > 1:
+            return f"every:{self.every}"
+        return f"list:{','.join(self.operators)}" if self.kind == "list" else self.kind
+
+    @property
+    def fraction(self) -> float:
+        """Fraction of the layers to which the policy applies."""
+        return 1 / self.every
+
+
+NONE = Recompute()
+
+
+def recomputed_operators(graph: Graph, policy: Recompute, impl: Implementation) -> tuple[Operator, ...]:
+    """The operators of a layer that run again.
+
+    A flash kernel recomputes its scores by itself: ``selective`` then changes nothing.
+    """
+    if policy.kind == "full":
+        return graph.operators
+    if policy.kind == "selective":
+        if impl.attention == "flash":
+            return ()
+        return tuple(operator for operator in graph.operators if isinstance(operator, Attention))
+    if policy.kind == "list":
+        names = {operator.name for operator in graph.operators}
+        for name in policy.operators:
+            if name not in names:
+                raise unknown_name("operator to recompute", name, names)
+        return tuple(operator for operator in graph.operators if operator.name in policy.operators)
+    return ()
+
+
+def kept_tensors(graph: Graph, impl: Implementation, policy: Recompute = NONE) -> dict[str, tuple[Tensor, str]]:
+    """The tensors that stay alive until the backward pass: name -> (tensor, operator that asked for it first).
+
+    A recomputed operator keeps nothing itself, but what enters the recomputed region from outside must stay. With
+    ``list`` the region's results are dropped too and made again just before they are needed; with ``selective`` and
+    ``full`` a result that another operator keeps stays, as `torch.utils.checkpoint` does.
+    """
+    again = recomputed_operators(graph, policy, impl)
+    inside = {operator.name for operator in again}
+    produced = {tensor.name for operator in again for tensor in operator.outputs}
+    kept = {tensor.name: (tensor, graph.operators[0].name) for tensor in graph.lends}
+    for operator in graph.operators:
+        if operator.name in inside:
+            needed = tuple(tensor for tensor in operator.inputs if tensor.name not in produced)
+        else:
+            needed = operator.saved(impl)
+        for tensor in needed:
+            dropped = policy.kind == "list" and tensor.name in produced
+            if not dropped and tensor.name not in graph.borrows:
+                kept.setdefault(tensor.name, (tensor, operator.name))
+    return kept
+
+
+@lru_cache(maxsize=1 << 16)
+def saved_bytes(graph: Graph, layout: Layout, impl: Implementation, policy: Recompute = NONE) -> float:
+    """Bytes that one block keeps for one micro-batch on one rank."""
+    return sum(
+        layout.elements(tensor) * impl.bytes_of(tensor) for tensor, _ in kept_tensors(graph, impl, policy).values()
+    )
+
+
+def saved_bytes_by_operator(
+    graph: Graph, layout: Layout, impl: Implementation, policy: Recompute = NONE
+) -> dict[str, float]:
+    """The same by the operator that first needs a tensor; adds up to `saved_bytes`."""
+    result: dict[str, float] = {}
+    for tensor, operator in kept_tensors(graph, impl, policy).values():
+        result[operator] = result.get(operator, 0.0) + layout.elements(tensor) * impl.bytes_of(tensor)
+    return result

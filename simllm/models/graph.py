@@ -1,0 +1,327 @@
+"""The one graph: axes, tensors, weights, operators, and how large they are on one rank.
+
+A block of a model is a short list of operators with tensors between them. Tensor sizes are symbolic: an axis is
+tokens, heads, hidden, experts, ..., and a `Layout` says how long each axis is for one micro-batch on one rank. The
+unsharded layout gives the counts of the model; a layout with degrees gives those of a rank. Nothing else in simllm
+knows the shape of anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from typing import ClassVar, Literal
+
+from simllm.models.work import Work
+
+__all__ = [
+    "Axis",
+    "Graph",
+    "Implementation",
+    "Layout",
+    "ModelGraph",
+    "Operator",
+    "Tensor",
+    "Weight",
+]
+
+AxisName = Literal[
+    "tokens",  # tokens of the (decoder) sequence in one micro-batch; `size` is a multiplier
+    "source_tokens",  # tokens of the encoder's sequence
+    "routed",  # tokens after routing; `size` is num_experts_per_tok
+    "keys",  # the sequence as attended to by one query
+    "source_keys",
+    "hidden",
+    "heads",
+    "kv_heads",
+    "ffn",
+    "expert_ffn",
+    "inner",  # the channels of a state-space mixer
+    "vocab",
+    "experts",
+    "fixed",  # never sharded
+]
+_TP_AXES = frozenset({"heads", "kv_heads", "ffn", "vocab", "inner"})
+_FIXED_BYTES = {"float32": 4, "mask": 1, "index": 8}
+_TOKEN_AXES = frozenset({"tokens", "source_tokens", "routed"})
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One axis of a tensor: its name decides how it is sharded, ``units`` in how many pieces it can be at most."""
+
+    name: AxisName
+    size: int = 1
+    units: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.units:
+            object.__setattr__(self, "units", self.size)
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An activation.
+
+    ``dtype``: activation (the compute precision), float32, mask (1 byte), index (8 bytes), or logits, whose bytes
+    depend on how the loss is implemented.
+    """
+
+    name: str
+    axes: tuple[Axis, ...]
+    dtype: Literal["activation", "float32", "mask", "index", "logits"] = "activation"
+
+    @cached_property
+    def tp_sharded(self) -> bool:
+        """Whether tensor parallelism splits an axis other than the tokens."""
+        return any(axis.name in _TP_AXES for axis in self.axes)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A trained array. ``active``: the fraction (used, stored) that one token passes through."""
+
+    name: str
+    axes: tuple[Axis, ...]
+    component: str
+    active: tuple[int, int] = (1, 1)
+    #: The weight is the same memory as another one (a tied head): it does work, but is counted there.
+    tied: bool = False
+
+    @cached_property
+    def is_expert(self) -> bool:
+        """Whether expert parallelism splits it."""
+        return any(axis.name == "experts" for axis in self.axes)
+
+    @cached_property
+    def elements(self) -> int:
+        """Elements of the whole weight."""
+        return prod(axis.size for axis in self.axes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Implementation:
+    """How the operators are carried out: what is fused, and in how many bytes. Named facts of a software stack.
+
+    Attributes
+    ----------
+    attention : {"flash", "unfused"}
+        ``unfused`` stores the scores (Korthikanti 2022, arXiv:2205.05198, section 4.1); ``flash`` stores q, k, v,
+        the output and one float32 log-sum-exp per query and head (Dao 2022, arXiv:2205.14135).
+    activation : {"fused", "eager"}
+        ``fused``: a gated activation is one kernel that keeps only its two inputs.
+    norm : {"fused", "eager"}
+        ``eager``: RMSNorm as separate float32 operators.
+    rope : {"fused", "eager"}
+    dropout_add : {"fused", "eager"}
+    activation_bytes : int
+        Bytes of one element of an activation.
+    logits_saved_bytes : float
+        Bytes kept per logit until the loss has gone backward.
+    loss_traffic_bytes : float
+        Bytes moved per logit by the loss, forward and backward together.
+    """
+
+    attention: Literal["flash", "unfused"] = "flash"
+    activation: Literal["fused", "eager"] = "fused"
+    norm: Literal["fused", "eager"] = "fused"
+    rope: Literal["fused", "eager"] = "fused"
+    dropout_add: Literal["fused", "eager"] = "fused"
+    activation_bytes: int = 2
+    logits_saved_bytes: float = 4.0
+    loss_traffic_bytes: float = 20.0
+
+    def bytes_of(self, tensor: Tensor) -> float:
+        """Bytes of one element of a tensor."""
+        if tensor.dtype == "activation":
+            return self.activation_bytes
+        return self.logits_saved_bytes if tensor.dtype == "logits" else _FIXED_BYTES[tensor.dtype]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """One micro-batch on one rank: how long each axis is there.
+
+    Attributes
+    ----------
+    batch, seq_len : int
+        Sequences in the micro-batch, tokens in a sequence.
+    source_len : int
+        Tokens in a sequence of the encoder; 0: the same as ``seq_len``.
+    tp, cp, ep, etp : int
+        Degrees of tensor, context, expert and expert-tensor parallelism.
+    sequence_parallel : bool
+        Tokens are also split over tp where no other axis is (Korthikanti 2022, section 4.2.2).
+    prefix_len : int
+        Tokens of the bidirectional prefix, for prefix decoders.
+    vocab_multiple : int
+        The vocabulary on each rank is padded to a multiple of this.
+    """
+
+    batch: int = 1
+    seq_len: int = 1
+    source_len: int = 0
+    tp: int = 1
+    cp: int = 1
+    ep: int = 1
+    etp: int = 1
+    sequence_parallel: bool = False
+    prefix_len: int = 0
+    vocab_multiple: int = 1
+
+    _DEGREE: ClassVar[dict[str, str]] = {
+        "heads": "tp",
+        "kv_heads": "tp",
+        "ffn": "tp",
+        "vocab": "tp",
+        "inner": "tp",
+        "experts": "ep",
+        "expert_ffn": "etp",
+    }
+
+    def size(self, axis: Axis, split_tokens: bool = False) -> int:
+        """Length of an axis on this rank.
+
+        Heads that are fewer than the degree are replicated; other axes are padded up to a whole number of pieces.
+        ``split_tokens``: the tensor is in the region where sequence parallelism splits the tokens.
+        """
+        name = axis.name
+        if name == "tokens":
+            tokens = axis.size * self.batch * self.seq_len // self.cp
+            return tokens // self.tp if split_tokens and self.sequence_parallel else tokens
+        if name == "source_tokens":
+            tokens = axis.size * self.batch * self.encoder_len // self.cp
+            return tokens // self.tp if split_tokens and self.sequence_parallel else tokens
+        if name == "routed":
+            tokens = axis.size * self.batch * self.seq_len // self.cp
+            # Each rank sends and, with balanced routing, receives this many; expert-tensor ranks share their tokens.
+            return tokens // (self.tp if self.sequence_parallel else 1) * self.etp
+        if name == "keys":
+            return self.seq_len
+        if name == "source_keys":
+            return self.encoder_len
+        attribute = self._DEGREE.get(name)
+        if attribute is None:
+            return axis.size
+        degree: int = getattr(self, attribute)
+        if name == "vocab":
+            return -(-axis.size // (degree * self.vocab_multiple)) * self.vocab_multiple
+        return axis.size if degree == 1 else axis.size // axis.units * -(-axis.units // degree)
+
+    @property
+    def encoder_len(self) -> int:
+        """Tokens in a sequence of the encoder."""
+        return self.source_len or self.seq_len
+
+    def elements(self, tensor: Tensor) -> int:
+        """Elements of an activation on this rank."""
+        split = not tensor.tp_sharded
+        count = 1
+        for axis in tensor.axes:
+            count *= self.size(axis, split)
+        return count
+
+    def tokens(self, tensor: Tensor, gathered: bool = False) -> int:
+        """Rows of an activation seen as a matrix: the product of its token axes."""
+        split = not (tensor.tp_sharded or gathered)
+        return prod(self.size(axis, split) for axis in tensor.axes if axis.name in _TOKEN_AXES)
+
+    def width(self, axes: Iterable[Axis]) -> int:
+        """Product of the lengths of axes that are not tokens."""
+        return prod(self.size(axis) for axis in axes if axis.name not in _TOKEN_AXES)
+
+    def weight_elements(self, weight: Weight) -> int:
+        """Elements of a weight on this rank."""
+        return prod(self.size(axis) for axis in weight.axes)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Operator:
+    """A node of the graph. Subclasses say what work it is and which tensors its backward pass needs."""
+
+    name: str
+    component: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    weights: tuple[Weight, ...] = ()
+
+    def forward(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
+        """The work of the forward pass on one rank."""
+        raise NotImplementedError
+
+    def backward_input(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
+        """The work of the gradient of the inputs on one rank."""
+        raise NotImplementedError
+
+    def backward_weight(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
+        """The work of the gradient of the weights on one rank."""
+        return ()
+
+    def saved(self, impl: Implementation) -> tuple[Tensor, ...]:
+        """The tensors that the backward pass needs."""
+        return ()
+
+    def cached(self) -> tuple[Tensor, ...]:
+        """The tensors that generation keeps for later tokens."""
+        return ()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Graph:
+    """The operators of one block in order, from ``input`` to ``output``.
+
+    ``lends``: tensors that later blocks read and keep for their backward pass (the encoder's result); they are kept
+    once, here. ``borrows``: names of such tensors in the blocks that read them.
+    """
+
+    name: str
+    operators: tuple[Operator, ...]
+    input: Tensor
+    output: Tensor
+    lends: tuple[Tensor, ...] = ()
+    borrows: frozenset[str] = frozenset()
+
+    @cached_property
+    def weights(self) -> tuple[Weight, ...]:
+        """Every weight of the block."""
+        return tuple(weight for operator in self.operators for weight in operator.weights)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ModelGraph:
+    """A model as a sequence of blocks.
+
+    Attributes
+    ----------
+    stem : Graph
+        From token ids to the first layer.
+    layers : tuple of Graph
+        In order, encoder before decoder; equal layers are the same object.
+    head : Graph
+        From the last layer to the loss.
+    bridges : tuple of (int, Graph)
+        What stands between layers: for encoder-decoders, the encoder's final norm and the decoder's embedding stand
+        before the layer with this index.
+    """
+
+    stem: Graph
+    layers: tuple[Graph, ...]
+    head: Graph
+    bridges: tuple[tuple[int, Graph], ...] = field(default=())
+
+    @cached_property
+    def parts(self) -> tuple[tuple[Graph, int], ...]:
+        """Every distinct block with how often it occurs."""
+        result: list[tuple[Graph, int]] = [(self.stem, 1)]
+        order: list[Graph] = []
+        times: dict[int, int] = {}
+        for layer in self.layers:
+            if id(layer) not in times:
+                order.append(layer)
+            times[id(layer)] = times.get(id(layer), 0) + 1
+        result.extend((layer, times[id(layer)]) for layer in order)
+        result.extend((bridge, 1) for _, bridge in self.bridges)
+        result.append((self.head, 1))
+        return tuple(result)

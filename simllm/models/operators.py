@@ -1,0 +1,453 @@
+"""The operators of transformers and state-space models: their work, and what their backward pass keeps.
+
+Bytes are counted as the operands a kernel must read and the results it must write, once each. ``eager`` variants
+count what a chain of single PyTorch operators moves instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from simllm.models.graph import Axis, Implementation, Layout, Operator, Tensor
+from simllm.models.work import AttentionWork, Gemm, GroupedGemm, Stream, Work, attended_pairs
+
+__all__ = [
+    "Activation",
+    "Attention",
+    "Combine",
+    "Conv1d",
+    "Dispatch",
+    "Dropout",
+    "Embedding",
+    "GatedActivation",
+    "GroupedProjection",
+    "Loss",
+    "Norm",
+    "Projection",
+    "Residual",
+    "Rope",
+    "Router",
+    "Scan",
+]
+
+# Passes over a tensor by RMSNorm written as single operators, in bytes per element: to float32 (2+4), square (4+4),
+# mean (4), scale (4+4), back (4+2), weight (2+2); its backward reads and writes about as many tensors twice.
+_EAGER_RMSNORM_FORWARD = 36
+_EAGER_RMSNORM_BACKWARD = 60
+# Rotary embedding as single operators on a tensor: negate and concatenate the halves (2+2 and 2+2), two products
+# (2+2 each, the tables are small), one sum (4+2).
+_EAGER_ROPE = 22
+
+
+def _bytes(layout: Layout, impl: Implementation, *tensors: Tensor) -> float:
+    """Bytes of tensors on one rank."""
+    return sum(layout.elements(tensor) * impl.bytes_of(tensor) for tensor in tensors)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Projection(Operator):
+    """One matrix product with one or several weights side by side: ``y_i = x W_i + b_i``.
+
+    The weights' first axis is contracted. Backward: input gradient and weight gradient are one product each.
+    """
+
+    bias: bool = False
+
+    def _shape(self, layout: Layout) -> tuple[int, int, int]:
+        x = self.inputs[0]
+        weights = [weight for weight in self.weights if len(weight.axes) > 1]
+        # A product whose output or contraction is split over tp works on all tokens of the tp group.
+        gathered = any(out.tp_sharded for out in self.outputs) or x.tp_sharded
+        m = layout.tokens(x, gathered=gathered)
+        k = layout.size(weights[0].axes[0])
+        n = sum(layout.size(weight.axes[1]) for weight in weights)
+        return m, n, k
+
+    def forward(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
+        m, n, k = self._shape(layout)
+        return (Gemm(m, n, k),)
+
+    def backward_input(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
+        m, n, k = self._shape(layout)
+        return (Gemm(m, k, n),)
+
+    def backward_weight(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
+        m, n, k = self._shape(layout)
+        product = Gemm(k, n, m)
+        if not self.bias:
+            return (product,)
+        return (product, Stream(_bytes(layout, impl, *self.outputs)))
+
+    def saved(self, impl: Implementation) -> tuple[Tensor, ...]:
+        return self.inputs[:1]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GroupedProjection(Operator):
+    """One matrix product whose rows go to the weight matrix of their expert."""
+
+    bias: bool = False
+
+    def _shape(self, layout: Layout) -> tuple[int, int, int, int]:
+        weights = [weight for weight in self.weights if len(weight.axes) > 2]
+        groups = layout.size(weights[0].axes[0])
+        k = layout.size(weights[0].axes[1])
+        n = sum(layout.size(weight.axes[2]) for weight in weights)
+        return layout.tokens(self.inputs[0]), n, k, groups
+
+    def forward(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
+        return (GroupedGemm(*self._shape(layout)),)
+
+    def backward_input(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
+        tokens, n, k, groups = self._shape(layout)
+        return (GroupedGemm(tokens, k, n, groups),)
+
+    def backward_weight(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
+        tokens, n, k, groups = self._shape(layout)
+        # One (k x n) product per expert, contracted over the expert's own rows.
+        product = Gemm(k, n, max(1, tokens // groups), groups)
+        if not self.bias:
+            return (product,)
+        return (product, Stream(_bytes(layout, impl, *self.outputs)))
+
+    def saved(self, impl: Implementation) -> tuple[Tensor, ...]:
+        return self.inputs[:1]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Attention(Operator):
+    """The attention core: ``softmax(q k^T) v`` for each head. Inputs are q, k, v; the output is the context.
+
+    Unfused it also stores the scores' softmax and, with dropout, the mask and the dropped softmax; keys and values
+    of grouped queries are first repeated to all heads.
+    """
+
+    mask: str
+    head_dim: int
+    v_head_dim: int
+    sliding_window: int | None = None
+    dropout: bool = False
+    key_axis: str = "keys"
+    cache: tuple[Tensor, ...] = ()
+
+    def _geometry(self, layout: Layout) -> tuple[int, int, int, int, float]:
+        q, k = self.inputs[0], self.inputs[1]
+        heads = layout.size(q.axes[1]) // self.head_dim
+        kv_heads = layout.size(k.axes[1]) // self.head_dim
+        source = layout.encoder_len
+        seq_k = source if self.key_axis == "source_keys" else layout.seq_len
+        seq_q = source if q.axes[0].name == "source_tokens" else layout.seq_len
+        pairs = attended_pairs(self.mask, seq_q, seq_k, self.sliding_window, layout.prefix_len)
+        # Context parallelism deals the queries out so that every rank has the same number of pairs.
+        return heads, kv_heads, seq_q // layout.cp, seq_k, pairs / layout.cp
+
+    def _work(self, layout: Layout, products: int) -> AttentionWork:
+        heads, kv_heads, seq_q, seq_k, pairs = self._geometry(layout)
+        return AttentionWork(
+            layout.batch, heads, kv_heads, seq_q, seq_k, self.head_dim, self.v_head_dim, pairs, products
+        )
+
+    def _score_elements(self, layout: Layout) -> int:
+        heads, _, seq_q, seq_k, _ = self._geometry(layout)
+        return layout.batch * heads * seq_q * seq_k
+
+    def forward(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
+        work: tuple[Work, ...] = (self._work(layout, 2),)
+        if impl.attention == "unfused":
+            # Beside the products' own operands: softmax reads and writes; dropout reads, writes and stores its mask.
+            per_score = impl.activation_bytes * (2 + 2 * self.dropout) + self.dropout
+            work += (Stream(self._score_elements(layout) * per_score, 1 + self.dropout),)
+        return work
+
+    def backward_input(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
+        work: tuple[Work, ...] = (self._work(layout, 4),)
+        if impl.attention == "unfused":
+            # Softmax reads itself and its gradient and writes; dropout reads, reads its mask and writes.
+            per_score = impl.activation_bytes * (3 + 2 * self.dropout) + self.dropout
+            work += (Stream(self._score_elements(layout) * per_score, 1 + self.dropout),)
+        return work
+
+    def saved(self, impl: Implementation) -> tuple[Tensor, ...]:
+        q, k, v = self.inputs
+        context = self.outputs[0]
+        if impl.attention == "flash":
+            logsumexp = Tensor(f"{self.name}.logsumexp", (q.axes[0], _per_head(q, self.head_dim)), "float32")
+            return (q, k, v, context, logsumexp)
+        if k.axes[1].units != q.axes[1].units:
+            k = Tensor(f"{k.name}.repeated", q.axes)
+            v = Tensor(f"{v.name}.repeated", context.axes)
+        scores = (q.axes[0], _per_head(q, self.head_dim), Axis(self.key_axis))  # type: ignore[arg-type]
+        softmax = Tensor(f"{self.name}.softmax", scores)
+        if not self.dropout:
+            return (q, k, v, softmax)
+        dropped = Tensor(f"{self.name}.softmax_dropped", scores)
+        return (q, k, v, softmax, dropped, Tensor(f"{self.name}.dropout_mask", scores, "mask"))
+
+    def cached(self) -> tuple[Tensor, ...]:
+        return self.cache
+
+
+def _per_head(q: Tensor, head_dim: int) -> Axis:
+    heads = q.axes[1]
+    return Axis(heads.name, heads.size // head_dim, heads.units)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Norm(Operator):
+    """LayerNorm or RMSNorm: keeps its input and one or two float32 statistics per row."""
+
+    kind: str = "layernorm"
+
+    def _eager(self, impl: Implementation) -> bool:
+        # PyTorch's LayerNorm is one kernel in every stack.
+        return impl.norm == "eager" and self.kind == "rmsnorm"
+
+    def forward(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
+        if self._eager(impl):
+            return (Stream(layout.elements(self.inputs[0]) * _EAGER_RMSNORM_FORWARD, 6),)
+        return (Stream(_bytes(layout, impl, self.inputs[0], self.outputs[0])),)
+
+    def backward_input(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
+        if self._eager(impl):
+            return (Stream(layout.elements(self.inputs[0]) * _EAGER_RMSNORM_BACKWARD, 10),)
+        # Reads the input and the output's gradient, writes the input's gradient.
+        return (Stream(_bytes(layout, impl, self.inputs[0], self.inputs[0], self.outputs[0])),)
+
+    def saved(self, impl: Implementation) -> tuple[Tensor, ...]:
+        x = self.inputs[0]
+        rows = x.axes[:-1]
+        if self._eager(impl):
+            return (
+                Tensor(f"{self.name}.float32", x.axes, "float32"),
+                Tensor(f"{self.name}.normed", x.axes),
+                Tensor(f"{self.name}.rstd", rows, "float32"),
+            )
+        statistics = [Tensor(f"{self.name}.rstd", rows, "float32")]
+        if self.kind == "layernorm":
+            statistics.append(Tensor(f"{self.name}.mean", rows, "float32"))
+        return (x, *statistics)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rope(Operator):
+    """Rotary position embedding of queries and keys (arXiv:2104.09864): linear, keeps nothing of its inputs."""
+
+    def forward(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
+        if impl.rope == "eager":
+            return (Stream(sum(layout.elements(x) for x in self.inputs) * _EAGER_ROPE, 5 * len(self.inputs)),)
+        return (Stream(_bytes(layout, impl, *self.inputs, *self.outputs)),)
+
+    def backward_input(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
+        return self.forward(layout, impl)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Activation(Operator):
+    """A pointwise non-linearity: keeps its input."""
+
+    function: str = "gelu"
+
+    def forward(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
+        return (Stream(_bytes(layout, impl, self.inputs[0], self.outputs[0])),)
+
+    def backward_input(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
+        return (Stream(_bytes(layout, impl, self.inputs[0], self.outputs[0], self.inputs[0])),)
+
+    def saved(self, impl: Implementation) -> tuple[Tensor, ...]:
+        return self.inputs
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GatedActivation(Operator):
+    """``f(gate) * up``: fused it keeps gate and up; as two operators also ``f(gate)``."""
+
+    function: str = "silu"
+
+    def forward(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
+        passes, kernels = (3, 1) if impl.activation == "fused" else (5, 2)
+        return (Stream(_bytes(layout, impl, self.outputs[0]) * passes, kernels),)
+
+    def backward_input(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
+        passes, kernels = (5, 1) if impl.activation == "fused" else (9, 3)
+        return (Stream(_bytes(layout, impl, self.outputs[0]) * passes, kernels),)
+
+    def saved(self, impl: Implementation) -> tuple[Tensor, ...]:
+        if impl.activation == "fused":
+            return self.inputs
+        return (*self.inputs, Tensor(f"{self.name}.{self.function}", self.inputs[0].axes))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Dropout(Operator):
+    """Dropout on its own (after an embedding): keeps its one-byte mask."""
+
+    def _mask(self) -> Tensor:
+        return Tensor(f"{self.name}.mask", self.outputs[0].axes, "mask")
+
+    def forward(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
+        return (Stream(_bytes(layout, impl, self.inputs[0], self.outputs[0], self._mask())),)
+
+    def backward_input(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
+        return self.forward(layout, impl)
+
+    def saved(self, impl: Implementation) -> tuple[Tensor, ...]:
+        return (self._mask(),)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Residual(Operator):
+    """The sum of the residual stream and one or more branches, with dropout on the branches.
+
+    Its backward is the sum of the gradients that meet where the branches left the stream.
+    """
+
+    dropout: bool = False
+
+    def _mask(self) -> Tensor:
+        return Tensor(f"{self.name}.dropout_mask", self.outputs[0].axes, "mask")
+
+    def forward(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
+        one = _bytes(layout, impl, self.outputs[0])
+        moved = one * (len(self.inputs) + 1)
+        kernels = len(self.inputs) - 1
+        if self.dropout:
+            moved += layout.elements(self.outputs[0])
+            if impl.dropout_add == "eager":
+                moved += 2 * one
+                kernels += 1
+        return (Stream(moved, kernels),)
+
+    def backward_input(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
+        one = _bytes(layout, impl, self.outputs[0])
+        moved = 3 * one
+        if self.dropout:
+            moved += 2 * one + layout.elements(self.outputs[0])
+        return (Stream(moved, 1 + self.dropout),)
+
+    def saved(self, impl: Implementation) -> tuple[Tensor, ...]:
+        return (self._mask(),) if self.dropout else ()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Embedding(Operator):
+    """Rows of one or more tables, summed: token, position and type embeddings."""
+
+    def forward(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
+        rows = sum(len(weight.axes) > 1 for weight in self.weights)
+        return (Stream(_bytes(layout, impl, self.outputs[0]) * (rows + 1), rows),)
+
+    def backward_input(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
+        return ()
+
+    def backward_weight(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
+        rows = sum(len(weight.axes) > 1 for weight in self.weights)
+        # Each row of the gradient is read and added (read, write) to the table's gradient.
+        return (Stream(3 * _bytes(layout, impl, self.outputs[0]) * rows, rows),)
+
+    def saved(self, impl: Implementation) -> tuple[Tensor, ...]:
+        return self.inputs
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Loss(Operator):
+    """Cross-entropy over the vocabulary; what it keeps and moves per logit is the stack's."""
+
+    def forward(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
+        return (Stream(layout.elements(self.inputs[0]) * impl.loss_traffic_bytes / 2),)
+
+    def backward_input(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
+        return self.forward(layout, impl)
+
+    def saved(self, impl: Implementation) -> tuple[Tensor, ...]:
+        return self.inputs
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Router(Operator):
+    """The product with the router's weight, softmax in float32, and the choice of the best experts.
+
+    Outputs are the logits and the probabilities of the chosen experts.
+    """
+
+    num_experts: int
+
+    def _rows(self, layout: Layout) -> int:
+        return layout.tokens(self.inputs[0])
+
+    def _width(self, layout: Layout) -> int:
+        return layout.size(self.weights[0].axes[0])
+
+    def forward(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
+        rows = self._rows(layout)
+        # Logits, softmax and the top-k selection each pass over rows x experts in float32.
+        return (Gemm(rows, self.num_experts, self._width(layout)), Stream(6 * 4 * rows * self.num_experts, 3))
+
+    def backward_input(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
+        rows = self._rows(layout)
+        return (Gemm(rows, self._width(layout), self.num_experts), Stream(4 * 4 * rows * self.num_experts, 2))
+
+    def backward_weight(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
+        return (Gemm(self._width(layout), self.num_experts, self._rows(layout)),)
+
+    def saved(self, impl: Implementation) -> tuple[Tensor, ...]:
+        return (self.inputs[0], self.outputs[0])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Dispatch(Operator):
+    """Copies each token to its experts in expert order: a gather, and an all-to-all when experts are spread."""
+
+    def forward(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
+        return (Stream(2 * _bytes(layout, impl, self.outputs[0])),)
+
+    def backward_input(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
+        return self.forward(layout, impl)
+
+    def saved(self, impl: Implementation) -> tuple[Tensor, ...]:
+        return (Tensor(f"{self.name}.order", self.outputs[0].axes[:1], "index"),)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Combine(Operator):
+    """Brings the experts' results back into token order and sums them with the router's weights."""
+
+    def forward(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
+        return (Stream(_bytes(layout, impl, self.inputs[0], self.outputs[0])),)
+
+    def backward_input(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
+        routed = self.inputs[0]
+        return (Stream(_bytes(layout, impl, self.outputs[0], routed, routed)),)
+
+    def saved(self, impl: Implementation) -> tuple[Tensor, ...]:
+        return self.inputs
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Conv1d(Operator):
+    """A causal depth-wise convolution along the tokens with a short kernel."""
+
+    def forward(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
+        return (Stream(_bytes(layout, impl, self.inputs[0], self.outputs[0])),)
+
+    def backward_input(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
+        return (Stream(_bytes(layout, impl, self.inputs[0], self.outputs[0], self.inputs[0])),)
+
+    def saved(self, impl: Implementation) -> tuple[Tensor, ...]:
+        return self.inputs
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Scan(Operator):
+    """The selective scan of a state-space mixer (Mamba, arXiv:2312.00752, section 3.3): one fused kernel.
+
+    Reads its inputs and writes its output; the state stays on chip and is recomputed in the backward pass.
+    """
+
+    def forward(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
+        return (Stream(_bytes(layout, impl, *self.inputs, *self.outputs)),)
+
+    def backward_input(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
+        return (Stream(2 * _bytes(layout, impl, *self.inputs) + _bytes(layout, impl, *self.outputs)),)
+
+    def saved(self, impl: Implementation) -> tuple[Tensor, ...]:
+        return self.inputs

@@ -1,0 +1,213 @@
+"""What a model is: data only, the names of Hugging Face's configs where they have one.
+
+A `ModelSpec` says which components a model has and how large they are. It computes nothing: `simllm.models.build`
+turns it into the one graph from which parameters, FLOPs, activations, caches and communication are folded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+__all__ = [
+    "Architecture",
+    "AttentionSpec",
+    "BlockSpec",
+    "HeadSpec",
+    "LatentSpec",
+    "MLPSpec",
+    "MambaSpec",
+    "MoESpec",
+    "ModelSpec",
+    "NormSpec",
+    "StackSpec",
+]
+
+Architecture = Literal["causal-decoder", "prefix-decoder", "encoder-decoder", "encoder"]
+Mask = Literal["causal", "prefix", "bidirectional", "cross"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormSpec:
+    """A normalisation over the hidden axis.
+
+    ``affine`` False means no weights at all (OLMo 1, Galactica); ``bias`` only exists for LayerNorm.
+    """
+
+    kind: Literal["layernorm", "rmsnorm"]
+    affine: bool = True
+    bias: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentSpec:
+    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1): low-rank queries, keys and values.
+
+    ``q_lora_rank`` None means that queries are projected directly.
+    """
+
+    kv_lora_rank: int
+    q_lora_rank: int | None
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSpec:
+    """One attention sub-layer. ``head_dim`` is independent of hidden_size / num_attention_heads."""
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    mask: Mask = "causal"
+    position: Literal["none", "rope", "alibi", "relative", "transformer-xl"] = "none"
+    sliding_window: int | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: NormSpec | None = None
+    #: True: one QK-norm weight per head dimension, shared by the heads (Qwen3); False: over all heads (OLMo 2).
+    qk_norm_per_head: bool = True
+    sinks: bool = False
+    #: Rows of a relative-bias table that this layer alone holds (UMT5); 0: none, or one that the stack shares.
+    relative_attention_num_buckets: int = 0
+    latent: LatentSpec | None = None
+
+    @property
+    def kind(self) -> Literal["MHA", "MQA", "GQA", "MLA"]:
+        """The usual name of the head layout."""
+        if self.latent is not None:
+            return "MLA"
+        if self.num_key_value_heads == self.num_attention_heads:
+            return "MHA"
+        return "MQA" if self.num_key_value_heads == 1 else "GQA"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLPSpec:
+    """A feed-forward layer: two matrices, or three when ``gated`` (GLU, arXiv:2002.05202)."""
+
+    intermediate_size: int
+    activation: str
+    gated: bool = False
+    bias: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoESpec:
+    """A mixture of experts: a router picks ``num_experts_per_tok`` of ``num_experts`` for each token."""
+
+    num_experts: int
+    num_experts_per_tok: int
+    expert: MLPSpec
+    #: Experts that every token takes, as one MLP of their joint width.
+    shared: MLPSpec | None = None
+    #: A learned scalar gate in front of the shared expert (Qwen1.5-MoE, Qwen2-MoE).
+    shared_gate: bool = False
+    router_bias: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class MambaSpec:
+    """A selective state-space mixer (Mamba, arXiv:2312.00752)."""
+
+    inner_size: int
+    state_size: int
+    conv_kernel: int
+    dt_rank: int
+    conv_bias: bool = True
+    proj_bias: bool = False
+    #: RMSNorms on dt, B and C inside the mixer (Jamba, arXiv:2403.19887).
+    inner_norms: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSpec:
+    """One layer of a stack.
+
+    ``norm_placement``: ``pre`` (before each sub-layer), ``post`` (after the residual sum), ``sandwich`` (before and
+    after each sub-layer, Gemma 2), ``output`` (on the sub-layer's output only, OLMo 2).
+    ``parallel``: attention and MLP read the same residual and are summed (GPT-J, arXiv:2204.02311 section 2);
+    ``shared_norm`` then says whether they also share one norm.
+    """
+
+    mixer: AttentionSpec | MambaSpec
+    mlp: MLPSpec | MoESpec | None
+    norm: NormSpec
+    norm_placement: Literal["pre", "post", "sandwich", "output"] = "pre"
+    cross_attention: AttentionSpec | None = None
+    parallel: bool = False
+    shared_norm: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackSpec:
+    """A stack of layers with what stands before and after it.
+
+    Attributes
+    ----------
+    layers : tuple of BlockSpec
+        In order; equal layers are one object or equal objects.
+    positions : int
+        Rows of the learned position table (0: none), offsets included.
+    type_vocab_size : int
+        Rows of the token-type table (BERT); 0: none.
+    embedding_norm, final_norm : NormSpec or None
+    relative_attention_num_buckets : int
+        Rows of the one relative-bias table that the layers share (T5: held by the first layer); 0: none.
+    """
+
+    layers: tuple[BlockSpec, ...]
+    positions: int = 0
+    type_vocab_size: int = 0
+    embedding_norm: NormSpec | None = None
+    final_norm: NormSpec | None = None
+    relative_attention_num_buckets: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadSpec:
+    """The output layer over the vocabulary.
+
+    ``transform``: a dense layer with bias, an activation and a norm before it (BERT's masked-LM head).
+    """
+
+    tied: bool
+    bias: bool = False
+    transform: NormSpec | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """A whole model.
+
+    Attributes
+    ----------
+    embedding_size : int
+        Width of the token table when it is not ``hidden_size`` (OPT-350m: 512, with projections in and out).
+    hidden_dropout, attention_dropout : float
+        Dropout probabilities during training; 0 means that the operator does not exist.
+    notes : tuple of str
+        What the importer assumed because the config does not say it.
+    """
+
+    name: str
+    family: str
+    model_type: str
+    architecture: Architecture
+    vocab_size: int
+    hidden_size: int
+    decoder: StackSpec
+    encoder: StackSpec | None = None
+    head: HeadSpec = field(default_factory=lambda: HeadSpec(tied=False))
+    embedding_size: int | None = None
+    context_length: int | None = None
+    tokenizer: str = "unknown"
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Layers of all stacks together."""
+        return len(self.decoder.layers) + (len(self.encoder.layers) if self.encoder else 0)

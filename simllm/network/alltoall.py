@@ -1,0 +1,51 @@
+"""All-to-all: every rank sends S/n bytes to every other rank, directly.
+
+Inside one domain a GPU sends (n - 1)/n * S over its links. Across N domains the members outside, (n - g)/n * S, go
+through the GPU's share of the NICs while the members inside go over the scale-up links, and the slower of the two
+decides; busbw then tends to N/(N - 1) times the NIC bandwidth of one GPU (Jeaugey, NVIDIA/nccl-tests issue 130). A
+tapered tier carries what leaves the subtree, which for an all-to-all is nearly everything.
+
+    latency = launch + peers * step inside or across: one message to post for each peer
+"""
+
+from __future__ import annotations
+
+from simllm.network.fabric import Fabric
+from simllm.network.terms import Hops, Terms, candidates, load_of
+
+__all__ = ["all_to_all"]
+
+
+def all_to_all(fabric: Fabric) -> tuple[Terms, ...]:
+    """Direct all-to-all of S bytes a rank, its own part among them.
+
+    Examples
+    --------
+    Two nodes of 8 GPUs with one 50 GB/s NIC each: half of the buffer leaves the node.
+
+    >>> from simllm.hardware.cluster import load_cluster
+    >>> from simllm.network.fabric import fabric
+    >>> from simllm.network.group import Group
+    >>> terms = all_to_all(fabric(load_cluster("dgx-h100", 16), Group(size=16)))[0]
+    >>> terms.scaleup_bytes, terms.scaleout_bytes, terms.bottleneck
+    (0.4375, 0.5, 'infiniband')
+    """
+    n, g = fabric.size, fabric.domain.most
+    up = fabric.up.all_to_all
+    inside, outside = (g - 1) / n, (n - g) / n
+    launch = up.launch.si
+    hops = [Hops(count=g - 1, step_s=up.step.si, bulk_step_s=up.bulk_step_s)]
+    loads = []
+    if g > 1:
+        loads.append(
+            load_of(up, link=fabric.up.name, share=inside + up.copied_slots / n, bandwidth=fabric.shuffle_bandwidth)
+        )
+    if fabric.out is not None:
+        out = fabric.out.all_to_all
+        launch += out.launch.si
+        hops.append(Hops(count=n - g, step_s=out.step.si, bulk_step_s=out.bulk_step_s))
+        # The members of the emptiest subtree have the most peers outside of it.
+        loads += [
+            load_of(out, link=cut.name, share=(n - cut.least) / n, bandwidth=cut.bandwidth) for cut in fabric.cuts
+        ]
+    return candidates("pairwise", launch_s=launch, hops=hops, loads=loads, scaleup_bytes=inside, scaleout_bytes=outside)

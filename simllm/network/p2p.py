@@ -1,0 +1,50 @@
+"""Send and receive between neighbours: rank i sends S bytes to rank i + 1 while it receives from rank i - 1.
+
+Two ranks of one domain have the links between that pair (all of a GPU's links behind a switch, one of seven in a mesh
+of eight); ranks of two domains have the sender's share of the NICs. A tapered tier is crossed by the last member of
+each subtree only, and has the share of all members. The slowest pair of the group decides.
+"""
+
+from __future__ import annotations
+
+from simllm.network.fabric import Fabric
+from simllm.network.terms import Hops, Terms, candidates, load_of
+
+__all__ = ["send_recv"]
+
+
+def send_recv(fabric: Fabric) -> tuple[Terms, ...]:
+    """Every rank sends the buffer to the next one.
+
+    Examples
+    --------
+    Neighbouring pipeline stages in two nodes: 50 GB/s of NIC for each GPU.
+
+    >>> from simllm.hardware.cluster import load_cluster
+    >>> from simllm.network.fabric import fabric
+    >>> from simllm.network.group import Group
+    >>> terms = send_recv(fabric(load_cluster("dgx-h100", 16), Group(size=2, stride=8)))[-1]
+    >>> terms.bottleneck, terms.bottleneck_bandwidth
+    ('infiniband', 50000000000.0)
+    """
+    n, blocks = fabric.size, fabric.domain.blocks
+    if fabric.out is None:
+        curve, within = fabric.up.p2p, 1.0
+    else:
+        curve, within = fabric.out.p2p, (n - blocks) / n
+    loads = [
+        load_of(curve, link=cut.name, share=1.0, bandwidth=cut.bandwidth * (cut.least if level else 1))
+        for level, cut in enumerate(fabric.cuts)
+    ]
+    if within > 0:
+        up = fabric.up.p2p
+        loads.append(load_of(up, link=fabric.up.name, share=1.0, bandwidth=fabric.pair_bandwidth))
+    launch = curve.launch.si + (fabric.up.p2p.launch.si if fabric.out is not None else 0.0)
+    return candidates(
+        "p2p",
+        launch_s=launch,
+        hops=[Hops(count=1, step_s=curve.step.si, bulk_step_s=curve.bulk_step_s)],
+        loads=loads,
+        scaleup_bytes=within,
+        scaleout_bytes=1 - within,
+    )

@@ -1,0 +1,153 @@
+"""Which collectives a block needs on its rank: read off the sharding of its tensors, not written down by hand.
+
+Rules (arXiv:1909.08053 section 3, arXiv:2205.05198 section 4.2):
+
+- a product whose contracted axis is sharded over tp leaves partial sums; the first operator after it that is not a
+  product reduces them once: all-reduce, or reduce-scatter over the sequence with sequence parallelism;
+- a product whose output axis is sharded over tp enters the tensor-parallel region: with sequence parallelism its input
+  is all-gathered (and again in the backward pass, for the weight gradient), and the gradient of its input is reduced.
+  Products that read the same tensor share these;
+- tokens sent to experts cross the expert-parallel ranks by all-to-all, twice forward and twice backward; expert-tensor
+  ranks gather and scatter them;
+- keys and values go round the context-parallel ring, their gradients with them in the backward pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+from simllm.models.graph import Graph, Implementation, Layout, Operator, Tensor
+from simllm.models.operators import Attention, Combine, Dispatch, Embedding, Projection
+
+__all__ = ["Collective", "block_collectives"]
+
+Operation = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv"]
+GroupName = Literal["tp", "cp", "ep", "etp"]
+Phase = Literal["forward", "backward"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collective:
+    """One collective of one micro-batch in one block.
+
+    ``size_bytes`` is what nccl-tests prints: the buffer of an all-reduce, the total of an all-gather or
+    reduce-scatter, the send buffer of an all-to-all or a send. ``count`` equal calls follow each other.
+    """
+
+    op: Operation
+    group: GroupName
+    phase: Phase
+    size_bytes: float
+    operator: str
+    count: int = 1
+
+
+class _Reader:
+    def __init__(self, layout: Layout, impl: Implementation) -> None:
+        self.layout, self.impl = layout, impl
+        self.found: list[Collective] = []
+        self.partial: set[str] = set()
+        self.entered: set[str] = set()
+
+    def add(
+        self, op: Operation, group: GroupName, phase: Phase, size: float, operator: Operator, count: int = 1
+    ) -> None:
+        self.found.append(
+            Collective(op=op, group=group, phase=phase, size_bytes=size, operator=operator.name, count=count)
+        )
+
+    def full_bytes(self, tensor: Tensor) -> float:
+        """Bytes of a tensor with all the tokens of the tp group."""
+        layout = self.layout
+        return layout.tokens(tensor, gathered=True) * layout.width(tensor.axes) * self.impl.activation_bytes
+
+    def reduce(self, tensor: Tensor, operator: Operator) -> None:
+        size = self.full_bytes(tensor)
+        if self.layout.sequence_parallel:
+            self.add("reduce_scatter", "tp", "forward", size, operator)
+            self.add("all_gather", "tp", "backward", size, operator)
+        else:
+            self.add("all_reduce", "tp", "forward", size, operator)
+
+    def enter(self, tensor: Tensor, operator: Operator) -> None:
+        if tensor.name in self.entered:
+            return
+        self.entered.add(tensor.name)
+        size = self.full_bytes(tensor)
+        if self.layout.sequence_parallel:
+            self.add("all_gather", "tp", "forward", size, operator)
+            self.add("all_gather", "tp", "backward", size, operator)
+            self.add("reduce_scatter", "tp", "backward", size, operator)
+        else:
+            self.add("all_reduce", "tp", "backward", size, operator)
+
+    def read(self, operator: Operator) -> None:
+        layout = self.layout
+        if layout.tp > 1:
+            self._tensor_parallel(operator)
+        if isinstance(operator, Dispatch | Combine):
+            self._experts(operator)
+        if layout.cp > 1 and isinstance(operator, Attention):
+            self._ring(operator)
+
+    def _tensor_parallel(self, operator: Operator) -> None:
+        product = isinstance(operator, Projection)
+        waiting = [tensor for tensor in operator.inputs if tensor.name in self.partial]
+        if waiting and not product:
+            self.reduce(waiting[0], operator)
+        if product:
+            x, sharded_out = operator.inputs[0], any(out.tp_sharded for out in operator.outputs)
+            if x.tp_sharded and not sharded_out:
+                self.partial.update(out.name for out in operator.outputs)
+            elif sharded_out and not x.tp_sharded:
+                self.enter(x, operator)
+        elif isinstance(operator, Embedding) and any(w.axes[0].name == "vocab" for w in operator.weights):
+            self.partial.update(out.name for out in operator.outputs)
+
+    def _experts(self, operator: Operator) -> None:
+        layout = self.layout
+        routed = operator.outputs[0] if isinstance(operator, Dispatch) else operator.inputs[0]
+        shared = layout.elements(routed) * self.impl.activation_bytes
+        own = shared / layout.etp
+        phases: tuple[Phase, Phase] = ("forward", "backward")
+        for phase in phases:
+            if layout.ep > 1:
+                self.add("all_to_all", "ep", phase, own, operator)
+            if layout.etp > 1:
+                outward = isinstance(operator, Dispatch) == (phase == "forward")
+                self.add("all_gather" if outward else "reduce_scatter", "etp", phase, shared, operator)
+
+    def _ring(self, operator: Attention) -> None:
+        layout = self.layout
+        keys_values = sum(layout.elements(t) for t in operator.inputs[1:]) * self.impl.activation_bytes
+        self.add("send_recv", "cp", "forward", keys_values, operator, layout.cp - 1)
+        # Backward: keys and values go round again, and their gradients in float32 once all the way.
+        self.add("send_recv", "cp", "backward", 2 * keys_values, operator, layout.cp - 1)
+
+    def finish(self, graph: Graph) -> None:
+        if graph.output.name in self.partial:
+            self.reduce(graph.output, graph.operators[-1])
+
+
+@lru_cache(maxsize=65536)
+def block_collectives(graph: Graph, layout: Layout, impl: Implementation) -> tuple[Collective, ...]:
+    """The collectives of one block for one micro-batch, in the order of its operators.
+
+    Parameters
+    ----------
+    graph : Graph
+    layout : Layout
+        Degrees of the rank.
+    impl : Implementation
+
+    Returns
+    -------
+    tuple of Collective
+    """
+    reader = _Reader(layout, impl)
+    for operator in graph.operators:
+        reader.read(operator)
+    reader.finish(graph)
+    return tuple(reader.found)

@@ -1,0 +1,185 @@
+"""Memory of each pipeline rank by kind: states, activations in flight, and what is at work at the peak.
+
+The peak of a rank is its states, what the micro-batches in flight keep, and the larger of two moments: the loss (logits
+and their gradients), or the first layer of a backward pass (a recomputed layer and the gradients around one operator).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from simllm.hardware.stack import Stack
+from simllm.models.activations import Recompute, saved_bytes
+from simllm.models.graph import Graph, Implementation, Layout
+from simllm.parallel.plan import Plan
+from simllm.parallel.schedules import in_flight_chunks
+from simllm.parallel.stages import Stage, block_weights, stage_weights
+
+__all__ = ["MEMORY_KINDS", "StageMemory", "StateBytes", "shard_degrees", "stage_memory", "state_bytes"]
+
+MEMORY_KINDS = ("parameters", "gradients", "optimizer", "activations", "working", "gathered", "context")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageMemory:
+    """Peak memory of one rank of a pipeline stage.
+
+    Attributes
+    ----------
+    rank : int
+    by_kind : dict of str to float
+        Bytes: parameters, gradients, optimizer, activations (kept for the backward pass), working (at the peak's
+        moment), gathered (parameters of layers at work under full sharding), context (outside the allocator).
+    in_flight : float
+        Micro-batches whose activations are held, as a fraction of the rank's layers.
+    moment : str
+        What is happening at the peak.
+    """
+
+    rank: int
+    by_kind: dict[str, float]
+    in_flight: float
+    moment: str
+
+    @property
+    def peak_bytes(self) -> float:
+        """Bytes at the peak: the sum of the kinds."""
+        return sum(self.by_kind.values())
+
+
+@dataclass(frozen=True, slots=True)
+class StateBytes:
+    """Bytes per parameter, before sharding: what is stored, accumulated, optimised, gathered and sent."""
+
+    parameter: float
+    gradient: float
+    optimizer: float
+    gathered: float
+    gradient_on_wire: float
+
+
+@lru_cache(maxsize=256)
+def state_bytes(stack: Stack, precision: str) -> StateBytes:
+    """The states a stack keeps per parameter with Adam.
+
+    In float32 there is no second copy: 4 bytes each for parameter and gradient, 8 for the moments.
+    """
+    if precision in ("fp32", "tf32"):
+        return StateBytes(4.0, 4.0, 8.0, 4.0, 4.0)
+    states = stack.states
+    return StateBytes(
+        states.parameter.si,
+        states.gradient.si,
+        states.optimizer.si,
+        states.gathered_parameter.si,
+        states.gradient_on_wire.si,
+    )
+
+
+def shard_degrees(plan: Plan, hsdp_shard: int) -> tuple[int, int]:
+    """Ranks over which data parallelism shards dense and expert states."""
+    dense = plan.dp * plan.cp
+    expert = dense * plan.tp // (plan.ep * plan.etp)
+    if plan.zero == "hsdp":
+        return hsdp_shard, max(1, min(expert, hsdp_shard))
+    return dense, expert
+
+
+def kept_bytes(graph: Graph, layout: Layout, impl: Implementation, policy: Recompute) -> float:
+    """Bytes an average layer keeps per micro-batch: every n-th layer is recomputed, the others keep everything."""
+    kept = saved_bytes(graph, layout, impl, policy)
+    if policy.every == 1:
+        return kept
+    return kept / policy.every + saved_bytes(graph, layout, impl) * (1 - 1 / policy.every)
+
+
+@lru_cache(maxsize=1 << 16)
+def gradient_workspace(graph: Graph, layout: Layout, impl: Implementation) -> float:
+    """Bytes of the gradients around the widest operator: those of its inputs and outputs."""
+    return max(
+        (
+            sum(layout.elements(t) * impl.bytes_of(t) for t in (*operator.inputs, *operator.outputs))
+            for operator in graph.operators
+        ),
+        default=0.0,
+    )
+
+
+def stage_memory(
+    stage: Stage, plan: Plan, layout: Layout, impl: Implementation, stack: Stack, hsdp_shard: int = 1
+) -> StageMemory:
+    """Peak memory of one rank of a stage.
+
+    Parameters
+    ----------
+    stage : Stage
+    plan : Plan
+    layout : Layout
+        Of one micro-batch on one rank.
+    impl : Implementation
+    stack : Stack
+    hsdp_shard : int
+        Ranks of an HSDP group.
+
+    Returns
+    -------
+    StageMemory
+    """
+    states = state_bytes(stack, plan.precision)
+    dense, expert = stage_weights(stage, layout, plan.pp)
+    by_dense, by_expert = shard_degrees(plan, hsdp_shard)
+
+    def sharded(per_parameter: float) -> float:
+        return per_parameter * (dense / by_dense + expert / by_expert)
+
+    def whole(per_parameter: float) -> float:
+        return per_parameter * (dense + expert)
+
+    full = plan.shards_parameters
+    by_kind = {
+        "parameters": (sharded if full else whole)(states.parameter),
+        "gradients": (sharded if full or plan.zero == "2" else whole)(states.gradient),
+        "optimizer": (whole if plan.zero == "0" else sharded)(states.optimizer),
+    }
+    chunks = in_flight_chunks(plan.schedule, plan.pp, plan.num_micro_batches, stage.rank, plan.vpp)
+    in_flight = chunks / plan.vpp
+    policy = plan.recompute
+    activations = sum(times * kept_bytes(graph, layout, impl, policy) for graph, times in stage.layers) * in_flight
+    working, moment = 0.0, "backward of the first layer"
+    for graph, _ in stage.layers:
+        again = saved_bytes(graph, layout, impl) - saved_bytes(graph, layout, impl, policy)
+        working = max(working, again + gradient_workspace(graph, layout, impl))
+    gathered = 0.0
+    for graph in stage.extras:
+        head = stage.last and graph is stage.extras[-1]
+        saved = saved_bytes(graph, layout, impl)
+        if not head:
+            activations += saved * in_flight
+            continue
+        if plan.schedule == "gpipe":
+            activations += saved * (chunks - 1)
+        loss = saved + gradient_workspace(graph, layout, impl) - _logits_bytes(graph, layout, impl)
+        if loss > working:
+            working, moment = loss, "loss"
+    if full:
+        gathered = _gathered_bytes(stage, layout, states)
+    by_kind |= {
+        "activations": activations,
+        "working": working,
+        "gathered": gathered,
+        "context": stack.costs.context.si,
+    }
+    return StageMemory(rank=stage.rank, by_kind=by_kind, in_flight=in_flight, moment=moment)
+
+
+def _logits_bytes(graph: Graph, layout: Layout, impl: Implementation) -> float:
+    # The stack's bytes per logit already hold the logits' gradient: it is not a workspace of its own.
+    return sum(layout.elements(t) * impl.bytes_of(t) for t in graph.operators[-1].inputs)
+
+
+def _gathered_bytes(stage: Stage, layout: Layout, states: StateBytes) -> float:
+    """Full sharding: the layer at work, the one fetched ahead, one layer's gradient, and what is outside the layers."""
+    largest = max(sum(block_weights(graph, layout)) for graph, _ in stage.layers)
+    outside = sum(sum(block_weights(graph, layout)) for graph in stage.extras)
+    return states.gathered * (3 * largest + outside)

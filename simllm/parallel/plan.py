@@ -1,0 +1,285 @@
+"""The plan: how a model is split over GPUs, and what makes a plan impossible."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Literal
+
+from simllm.errors import InputError, UnsupportedError, unknown_name
+from simllm.models import Model
+from simllm.models.activations import Recompute
+from simllm.models.graph import Layout
+from simllm.models.spec import AttentionSpec, MambaSpec, MoESpec
+
+__all__ = ["PRECISIONS", "SCHEDULES", "ZERO_STAGES", "Plan", "check_plan", "even_split", "split_layers"]
+
+ZERO_STAGES = ("0", "1", "2", "3", "hsdp")
+SCHEDULES = ("gpipe", "1f1b", "interleaved")
+PRECISIONS = ("bf16", "fp16", "fp32", "tf32", "fp8", "mxfp8", "nvfp4")
+
+Zero = Literal["0", "1", "2", "3", "hsdp"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Degrees of parallelism, batch, precision and recomputation.
+
+    Attributes
+    ----------
+    tp, pp, cp, dp : int
+        Tensor, pipeline, context (ring attention) and data parallelism; their product is the number of GPUs.
+    vpp : int
+        Model chunks per pipeline rank (interleaved schedule, arXiv:2104.04473 section 2.2).
+    ep, etp : int
+        Expert parallelism, and tensor parallelism inside an expert. Expert groups are made of the ranks of the
+        tp x cp x dp ranks of a pipeline stage.
+    zero : {"0", "1", "2", "3", "hsdp"}
+        What data parallelism shards (arXiv:1910.02054): nothing, optimizer states, gradients too, parameters too.
+        ``hsdp`` is stage 3 inside groups of ``hsdp_shard`` ranks, replicated over the groups.
+    hsdp_shard : int
+        Ranks in an HSDP group; 0 means those of one scale-up domain.
+    sequence_parallel : bool
+        Activations outside the tensor-parallel region are split along the sequence too.
+    micro_batch_size : int
+        Sequences per data-parallel rank and micro-step.
+    global_batch_size : int
+        Sequences per optimizer step.
+    recompute : Recompute
+    precision : str
+        Of the matrix products.
+    schedule : {"gpipe", "1f1b", "interleaved"}
+    uneven_layers : bool
+        Layers that the pipeline does not divide are dealt out all the same, the last stages shorter (DeepSpeed).
+    """
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    cp: int = 1
+    ep: int = 1
+    etp: int = 1
+    dp: int = 1
+    zero: Zero = "1"
+    hsdp_shard: int = 0
+    sequence_parallel: bool = False
+    micro_batch_size: int = 1
+    global_batch_size: int = 1
+    recompute: Recompute = field(default_factory=Recompute)
+    precision: str = "bf16"
+    schedule: str = "1f1b"
+    uneven_layers: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp", "micro_batch_size", "global_batch_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 10**7:
+                raise InputError(f"{name}={value} must be a whole number from 1 to 10000000")
+        for what, value, known in (
+            ("ZeRO stage", self.zero, ZERO_STAGES),
+            ("schedule", self.schedule, SCHEDULES),
+            ("precision", self.precision, PRECISIONS),
+        ):
+            if value not in known:
+                raise unknown_name(what, str(value), known)
+        if self.global_batch_size % (self.dp * self.micro_batch_size):
+            per_rank = self.global_batch_size / self.dp
+            raise InputError(
+                f"micro_batch_size={self.micro_batch_size} does not divide global_batch_size="
+                f"{self.global_batch_size} / dp={self.dp} = {per_rank:g}; {self._batch_advice()}"
+            )
+        if self.vpp > 1 and self.pp == 1:
+            raise InputError(f"vpp={self.vpp} needs a pipeline, but pp=1; use vpp=1 or a larger pp")
+        if (self.vpp > 1) != (self.schedule == "interleaved"):
+            raise InputError(
+                f"schedule={self.schedule} with vpp={self.vpp}: the interleaved schedule needs vpp above 1, "
+                "and the others need vpp=1"
+            )
+        if self.schedule == "interleaved" and self.num_micro_batches % self.pp:
+            raise InputError(
+                f"the interleaved schedule needs a number of micro-batches that pp={self.pp} divides, "
+                f"but there are {self.num_micro_batches}; change micro_batch_size, dp or vpp"
+            )
+        if self.sequence_parallel and self.tp == 1:
+            raise InputError("sequence_parallel needs tp above 1; it splits tokens over the tensor-parallel ranks")
+        if self.zero == "2" and self.pp > 1:
+            raise UnsupportedError(
+                f"zero=2 with pp={self.pp}: gradients are sharded after each micro-batch, which no framework "
+                "combines with a pipeline; use zero=1"
+            )
+        if (self.dp * self.cp * self.tp) % (self.ep * self.etp):
+            raise InputError(
+                f"ep={self.ep} x etp={self.etp} does not divide the {self.dp * self.cp * self.tp} ranks of a pipeline "
+                f"stage (tp={self.tp} x cp={self.cp} x dp={self.dp})"
+            )
+        if self.hsdp_shard and (self.zero != "hsdp" or (self.dp * self.cp) % self.hsdp_shard):
+            raise InputError(
+                f"hsdp_shard={self.hsdp_shard} needs zero=hsdp and must divide dp x cp = {self.dp * self.cp}"
+            )
+
+    def _batch_advice(self) -> str:
+        if self.global_batch_size % self.dp:
+            return f"dp={self.dp} does not divide the global batch either; choose another dp or batch"
+        share = self.global_batch_size // self.dp
+        divisors = [str(n) for n in range(1, min(share, 64) + 1) if share % n == 0]
+        return f"use {', '.join(divisors[:-1])} or {divisors[-1]}" if len(divisors) > 1 else f"use {divisors[0]}"
+
+    @property
+    def num_gpus(self) -> int:
+        """Product of the degrees."""
+        return self.tp * self.pp * self.cp * self.dp
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches per data-parallel rank and step."""
+        return self.global_batch_size // (self.dp * self.micro_batch_size)
+
+    @property
+    def shards_parameters(self) -> bool:
+        """ZeRO stage 3, also inside HSDP groups."""
+        return self.zero in ("3", "hsdp")
+
+    def layout(self, seq_len: int, source_len: int = 0, prefix_len: int = 0, vocab_multiple: int = 1) -> Layout:
+        """Axis lengths of one micro-batch on one rank."""
+        return Layout(
+            batch=self.micro_batch_size,
+            seq_len=seq_len,
+            source_len=source_len,
+            tp=self.tp,
+            cp=self.cp,
+            ep=self.ep,
+            etp=self.etp,
+            sequence_parallel=self.sequence_parallel,
+            prefix_len=prefix_len,
+            vocab_multiple=vocab_multiple,
+        )
+
+    def __str__(self) -> str:
+        parts = [f"tp={self.tp}", f"pp={self.pp}"]
+        if self.vpp > 1:
+            parts.append(f"vpp={self.vpp}")
+        if self.cp > 1:
+            parts.append(f"cp={self.cp}")
+        if self.ep > 1:
+            parts.append(f"ep={self.ep}")
+        if self.etp > 1:
+            parts.append(f"etp={self.etp}")
+        parts += [f"dp={self.dp}", f"zero={self.zero}", f"mbs={self.micro_batch_size}", f"recompute={self.recompute}"]
+        if self.sequence_parallel:
+            parts.append("sp")
+        if self.uneven_layers:
+            parts.append("uneven")
+        return " ".join(parts)
+
+
+@lru_cache(maxsize=4096)
+def even_split(num_layers: int, chunks: int) -> tuple[int, ...] | None:
+    """Layers of each model chunk in model order, or None where they do not split.
+
+    Equal chunks where they divide. Otherwise the embedding, the head or both count as a layer, as Megatron-LM's
+    ``account-for-embedding-in-pipeline-split`` and ``account-for-loss-in-pipeline-split`` do: the last, or the first
+    and the last chunk have one layer fewer.
+
+    >>> even_split(80, 4), even_split(126, 16)[0], sum(even_split(126, 16)), even_split(80, 7)
+    ((20, 20, 20, 20), 7, 126, None)
+    """
+    if not 1 <= chunks <= num_layers:
+        return None
+    if num_layers % chunks == 0:
+        return (num_layers // chunks,) * chunks
+    for extra in (1, 2):
+        size, rest = divmod(num_layers + extra, chunks)
+        if rest == 0 and size > 1:
+            first = size - 1 if extra == 2 else size
+            return (first, *(size,) * (chunks - 2), size - 1)
+    return None
+
+
+def split_layers(num_layers: int, chunks: int, uneven: bool = False) -> tuple[int, ...]:
+    """The same, or an error that says which numbers of chunks would do.
+
+    ``uneven`` deals layers that do not split out all the same: chunks are filled from the front, as DeepSpeed's
+    balanced partition does, or the first ones get a layer more where the last would stay empty. One or two chunks more
+    than layers hold the head, or the embedding and the head, alone.
+
+    >>> split_layers(61, 16, uneven=True)[-2:], split_layers(9, 7, uneven=True)
+    ((4, 1), (2, 2, 1, 1, 1, 1, 1))
+    >>> split_layers(6, 8, uneven=True)
+    (0, 1, 1, 1, 1, 1, 1, 0)
+    """
+    split = even_split(num_layers, chunks)
+    if split is not None:
+        return split
+    if uneven and chunks <= num_layers:
+        size = -(-num_layers // chunks)
+        last = num_layers - size * (chunks - 1)
+        if last > 0:
+            return (*(size,) * (chunks - 1), last)
+        longer = num_layers % chunks
+        return (size,) * longer + (size - 1,) * (chunks - longer)
+    if uneven and chunks <= num_layers + 2:
+        # The head, and then the embedding, have a chunk of their own.
+        return (*(0,) * (chunks - num_layers - 1), *(1,) * num_layers, 0)
+    if chunks > num_layers:
+        raise InputError(f"pp x vpp = {chunks} chunks, but the model has {num_layers} layers; use fewer chunks")
+    near = sorted((n for n in range(1, num_layers + 1) if even_split(num_layers, n)), key=lambda n: abs(n - chunks))[:4]
+    raise InputError(
+        f"{num_layers} layers do not split into pp x vpp = {chunks} chunks, not even with the embedding and the head "
+        f"counted as layers; {', '.join(map(str, sorted(near)))} would"
+    )
+
+
+def check_plan(model: Model, plan: Plan, seq_len: int) -> None:
+    """Refuse a plan whose degrees do not fit the model.
+
+    Raises
+    ------
+    InputError
+        Naming the two numbers that do not fit, and what would.
+    """
+    spec = model.spec
+    moe: MoESpec | None = None
+    blocks = dict.fromkeys((*spec.decoder.layers, *(spec.encoder.layers if spec.encoder else ())))
+    for block in blocks:
+        if isinstance(block.mixer, AttentionSpec):
+            _check_heads(block.mixer, plan.tp)
+        elif isinstance(block.mixer, MambaSpec):
+            _divides("tp", plan.tp, "the state-space channels", block.mixer.inner_size)
+            if plan.cp > 1:
+                raise UnsupportedError(f"cp={plan.cp}: context parallelism of a state-space mixer is not modelled")
+        if isinstance(block.mlp, MoESpec):
+            moe = block.mlp
+            _divides("ep", plan.ep, "num_experts", moe.num_experts)
+            _divides("etp", plan.etp, "the experts' intermediate_size", moe.expert.intermediate_size)
+        elif block.mlp is not None:
+            _divides("tp", plan.tp, "intermediate_size", block.mlp.intermediate_size)
+    if moe is None and (plan.ep > 1 or plan.etp > 1):
+        raise InputError(f"ep={plan.ep} etp={plan.etp}: {spec.name} has no experts; use ep=1 and etp=1")
+    if moe is not None and plan.tp > 1 and not plan.sequence_parallel:
+        raise UnsupportedError(
+            f"tp={plan.tp} without sequence_parallel in a mixture of experts would send every token tp times; "
+            "switch sequence parallelism on"
+        )
+    if seq_len % plan.cp:
+        raise InputError(f"cp={plan.cp} does not divide seq_len={seq_len}")
+    if plan.sequence_parallel and seq_len % (plan.cp * plan.tp):
+        raise InputError(f"tp={plan.tp} x cp={plan.cp} does not divide seq_len={seq_len} (sequence parallel)")
+    if plan.uneven_layers and plan.pp > spec.num_hidden_layers:
+        raise InputError(f"pp={plan.pp} stages, but the model has {spec.num_hidden_layers} layers; use a smaller pp")
+    split_layers(spec.num_hidden_layers, plan.pp * plan.vpp, plan.uneven_layers)
+
+
+def _check_heads(attention: AttentionSpec, tp: int) -> None:
+    _divides("tp", tp, "num_attention_heads", attention.num_attention_heads)
+    kv_heads = attention.num_key_value_heads
+    if attention.latent is None and kv_heads % tp and tp % kv_heads:
+        raise InputError(
+            f"tp={tp} and num_key_value_heads={kv_heads}: one must divide the other (heads are split or replicated)"
+        )
+
+
+def _divides(name: str, degree: int, what: str, size: int) -> None:
+    if size % degree:
+        allowed = [str(n) for n in range(1, 129) if size % n == 0]
+        advice = f"{', '.join(allowed[:-1])} or {allowed[-1]}" if len(allowed) > 1 else "1"
+        raise InputError(f"{name}={degree} does not divide {what}={size}; use {advice}")

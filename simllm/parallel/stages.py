@@ -1,0 +1,99 @@
+"""What each pipeline rank holds: its layers, and the stem and the head on the first and the last."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from simllm.models.graph import Graph, Layout, ModelGraph
+from simllm.parallel.plan import split_layers
+
+__all__ = ["Stage", "block_weights", "pipeline_stages", "stage_weights"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Stage:
+    """One pipeline rank.
+
+    Attributes
+    ----------
+    rank : int
+    layers : tuple of (Graph, int)
+        Distinct layers with how often they occur, all chunks of the rank together.
+    extras : tuple of Graph
+        Stem, bridge between encoder and decoder, and head, where they stand on this rank.
+    first, last : bool
+        Whether the rank holds the stem or the head.
+    """
+
+    rank: int
+    layers: tuple[tuple[Graph, int], ...]
+    extras: tuple[Graph, ...]
+    first: bool
+    last: bool
+
+    @property
+    def num_layers(self) -> int:
+        """Layers on this rank."""
+        return sum(times for _, times in self.layers)
+
+
+@lru_cache(maxsize=4096)
+def pipeline_stages(graph: ModelGraph, pp: int, vpp: int, uneven: bool = False) -> tuple[Stage, ...]:
+    """Deal the layers out to the pipeline ranks, chunk by chunk."""
+    split = split_layers(len(graph.layers), pp * vpp, uneven)
+    bounds = [sum(split[:i]) for i in range(len(split) + 1)]
+    stages = []
+    for rank in range(pp):
+        counts: dict[int, int] = {}
+        graphs: dict[int, Graph] = {}
+        extras: list[Graph] = [graph.stem] if rank == 0 else []
+        for chunk in range(rank, pp * vpp, pp):
+            for index in range(bounds[chunk], bounds[chunk + 1]):
+                layer = graph.layers[index]
+                graphs[id(layer)] = layer
+                counts[id(layer)] = counts.get(id(layer), 0) + 1
+                extras += [bridge for at, bridge in graph.bridges if at == index]
+        if rank == pp - 1:
+            extras.append(graph.head)
+        stages.append(
+            Stage(
+                rank=rank,
+                layers=tuple((graphs[key], times) for key, times in counts.items()),
+                extras=tuple(extras),
+                first=rank == 0,
+                last=rank == pp - 1,
+            )
+        )
+    return tuple(stages)
+
+
+@lru_cache(maxsize=65536)
+def block_weights(graph: Graph, layout: Layout, keep_tied: bool = False) -> tuple[int, int]:
+    """Dense and expert parameters of one block on one rank."""
+    dense = expert = 0
+    for weight in graph.weights:
+        if weight.tied and not keep_tied:
+            continue
+        if weight.is_expert:
+            expert += layout.weight_elements(weight)
+        else:
+            dense += layout.weight_elements(weight)
+    return dense, expert
+
+
+def stage_weights(stage: Stage, layout: Layout, pp: int) -> tuple[int, int]:
+    """Dense and expert parameters on one rank of a stage.
+
+    With a pipeline the last rank holds its own copy of a tied token table, as Megatron-LM's does.
+    """
+    dense = expert = 0
+    for graph, times in stage.layers:
+        own_dense, own_expert = block_weights(graph, layout)
+        dense += own_dense * times
+        expert += own_expert * times
+    for graph in stage.extras:
+        own_dense, own_expert = block_weights(graph, layout, pp > 1 and not stage.first)
+        dense += own_dense
+        expert += own_expert
+    return dense, expert

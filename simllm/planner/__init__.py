@@ -1,0 +1,5 @@
+"""Which plan is best, and why the others are not."""
+
+from simllm.planner.search import OBJECTIVES, PlanSearch, plan
+
+__all__ = ["OBJECTIVES", "PlanSearch", "plan"]

@@ -1,0 +1,238 @@
+"""`estimate`: the whole library in one call."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+from simllm.errors import InputError
+from simllm.hardware import Cluster
+from simllm.kernels.profile import load_form
+from simllm.models import Model
+from simllm.parallel.memory import StageMemory
+from simllm.parallel.plan import Plan, check_plan
+from simllm.training.run import Training
+from simllm.training.step import Step, StepTime
+from simllm.training.traffic import GroupTraffic, communication
+from simllm.training.uncertainty import step_time_interval
+
+__all__ = ["Estimate", "estimate", "plan_dict"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Estimate:
+    """Time and memory of one plan. The parts add up to the totals.
+
+    Attributes
+    ----------
+    model, cluster, plan, training
+        The question.
+    step_time_s : float
+        Seconds of one optimizer step.
+    time : StepTime
+        The same by cause.
+    stages : tuple of StageMemory
+        Peak memory of every pipeline rank.
+    """
+
+    model: Model
+    cluster: Cluster
+    plan: Plan
+    training: Training
+    time: StepTime
+    stages: tuple[StageMemory, ...]
+
+    @property
+    def step_time_s(self) -> float:
+        """Seconds of one optimizer step."""
+        return self.time.total_s
+
+    @cached_property
+    def peak_stage(self) -> StageMemory:
+        """The pipeline rank that needs most memory."""
+        return max(self.stages, key=lambda stage: stage.peak_bytes)
+
+    @property
+    def peak_memory_bytes(self) -> float:
+        """Bytes at the peak of the rank that needs most."""
+        return self.peak_stage.peak_bytes
+
+    @property
+    def usable_memory_bytes(self) -> float:
+        """Device memory less the head-room."""
+        return self.cluster.accelerator.memory_bytes * (1 - self.training.memory_headroom)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak leaves the head-room free on every rank."""
+        return self.peak_memory_bytes <= self.usable_memory_bytes
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step (of the decoder)."""
+        return self.plan.global_batch_size * self.training.seq_len
+
+    @property
+    def tokens_per_s_per_gpu(self) -> float:
+        """Training throughput of one GPU."""
+        return self.tokens_per_step / self.step_time_s / self.plan.num_gpus
+
+    @cached_property
+    def _step(self) -> Step:
+        return Step(self.model, self.cluster, self.plan, self.training)
+
+    @cached_property
+    def peak_flops(self) -> float:
+        """Dense peak of the plan's precision on one GPU, FLOP/s."""
+        return self.cluster.accelerator.peak_flops[load_form().precisions[self.plan.precision].peak]
+
+    def _utilisation(self, flops: float) -> float:
+        return flops / self.step_time_s / self.plan.num_gpus / self.peak_flops
+
+    @property
+    def model_tflops_per_gpu(self) -> float:
+        """TFLOP/s per GPU over full attention, nothing recomputed."""
+        return self._step.flops()[0] / self.step_time_s / self.plan.num_gpus / 1e12
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs utilisation over full attention (arXiv:2204.02311, appendix B)."""
+        return self._utilisation(self._step.flops()[0])
+
+    @property
+    def mfu_masked(self) -> float:
+        """Model FLOPs utilisation with only the attended pairs counted."""
+        return self._utilisation(self._step.flops()[1])
+
+    @property
+    def hfu(self) -> float:
+        """Hardware FLOPs utilisation: with what is recomputed (arXiv:2205.05198, section 6.3)."""
+        return self._utilisation(self._step.flops()[0] + self._step.recompute_flops())
+
+    @property
+    def step_time_interval_s(self) -> tuple[float, float]:
+        """Eight of ten published runs of this kind lie inside, by the errors seen in validation."""
+        return step_time_interval(self.step_time_s, self.cluster.accelerator)
+
+    @cached_property
+    def assumptions(self) -> tuple[str, ...]:
+        """What stands in for something not known."""
+        spec, notes = self.model.spec, list(self.model.spec.notes)
+        notes += self._step.engine.assumptions
+        if spec.architecture == "prefix-decoder":
+            notes.append(f"half of each sequence ({self._step.prefix_len} tokens) is bidirectional prefix")
+        if self.plan.ep > 1:
+            notes.append("tokens are spread evenly over the experts")
+        notes.append(f"software: {self.training.software.description}")
+        return tuple(notes)
+
+    @cached_property
+    def communication(self) -> tuple[GroupTraffic, ...]:
+        """What each group exchanges in a step on the busiest rank."""
+        return communication(self._step, self.time.busiest_stage)
+
+    def training_time_s(self, tokens: float) -> float:
+        """Seconds to train on so many tokens without interruption."""
+        return tokens / self.tokens_per_step * self.step_time_s
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data with stable keys, SI units."""
+        low, high = self.step_time_interval_s
+        peak = self.peak_stage
+        return {
+            "model": self.model.name,
+            "cluster": self.cluster.name,
+            "gpus": self.plan.num_gpus,
+            "plan": plan_dict(self.plan),
+            "seq_len": self.training.seq_len,
+            "stack": self.training.software.name,
+            "step_time_s": self.step_time_s,
+            "step_time_interval_s": [low, high],
+            "tokens_per_s_per_gpu": self.tokens_per_s_per_gpu,
+            "model_tflops_per_gpu": self.model_tflops_per_gpu,
+            "mfu": self.mfu,
+            "mfu_masked": self.mfu_masked,
+            "hfu": self.hfu,
+            "fits": self.fits,
+            "memory": {
+                "peak_bytes": self.peak_memory_bytes,
+                "capacity_bytes": self.cluster.accelerator.memory_bytes,
+                "usable_bytes": self.usable_memory_bytes,
+                "by_kind": dict(peak.by_kind),
+                "per_stage": [
+                    {
+                        "stage": stage.rank,
+                        "peak_bytes": stage.peak_bytes,
+                        "by_kind": dict(stage.by_kind),
+                        "micro_batches_in_flight": stage.in_flight,
+                        "peak_moment": stage.moment,
+                    }
+                    for stage in self.stages
+                ],
+            },
+            "time": {"by_cause": dict(self.time.by_cause), "busiest_stage": self.time.busiest_stage},
+            "communication": [asdict(traffic) for traffic in self.communication],
+            "assumptions": list(self.assumptions),
+        }
+
+
+def plan_dict(plan: Plan) -> dict[str, Any]:
+    """A plan as plain data."""
+    return {
+        "tp": plan.tp,
+        "pp": plan.pp,
+        "vpp": plan.vpp,
+        "cp": plan.cp,
+        "ep": plan.ep,
+        "etp": plan.etp,
+        "dp": plan.dp,
+        "zero": plan.zero,
+        "hsdp_shard": plan.hsdp_shard,
+        "sequence_parallel": plan.sequence_parallel,
+        "micro_batch_size": plan.micro_batch_size,
+        "global_batch_size": plan.global_batch_size,
+        "num_micro_batches": plan.num_micro_batches,
+        "recompute": str(plan.recompute),
+        "precision": plan.precision,
+        "schedule": plan.schedule,
+        "uneven_layers": plan.uneven_layers,
+    }
+
+
+def estimate(model: Model, cluster: Cluster, plan: Plan, training: Training) -> Estimate:
+    """Time and memory of one optimizer step.
+
+    Parameters
+    ----------
+    model : Model
+    cluster : Cluster
+    plan : Plan
+        Its degrees multiply to the cluster's GPUs.
+    training : Training
+
+    Returns
+    -------
+    Estimate
+
+    Raises
+    ------
+    InputError
+        The plan does not fit the model or the cluster.
+
+    Examples
+    --------
+    >>> from simllm import Cluster, Model, Plan, Training
+    >>> plan = Plan(tp=8, dp=1, global_batch_size=8, sequence_parallel=True)
+    >>> answer = estimate(Model.load("llama-2-7b"), Cluster.load("dgx-h100", 8), plan, Training(seq_len=4096))
+    >>> answer.fits, abs(sum(answer.time.by_cause.values()) - answer.step_time_s) < 1e-12
+    (True, True)
+    """
+    if plan.num_gpus != cluster.num_gpus:
+        raise InputError(
+            f"tp={plan.tp} x pp={plan.pp} x cp={plan.cp} x dp={plan.dp} = {plan.num_gpus} GPUs, "
+            f"but the cluster has {cluster.num_gpus}; the degrees must multiply to it"
+        )
+    check_plan(model, plan, training.seq_len)
+    step = Step(model, cluster, plan, training)
+    return Estimate(model=model, cluster=cluster, plan=plan, training=training, time=step.time(), stages=step.memory())

@@ -1,0 +1,297 @@
+"""One optimizer step of one plan: stages, pipeline, data parallelism and optimizer put together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import gcd
+
+from simllm.hardware import Cluster
+from simllm.hardware.stack import Stack
+from simllm.models import Model
+from simllm.models.activations import recomputed_operators
+from simllm.models.counts import count_flops, operator_flops
+from simllm.models.graph import Graph, Layout, ModelGraph
+from simllm.network import Group, price
+from simllm.parallel.memory import StageMemory, StateBytes, shard_degrees, stage_memory, state_bytes
+from simllm.parallel.placement import group_of
+from simllm.parallel.plan import Plan
+from simllm.parallel.schedules import pipeline_time
+from simllm.parallel.stages import Stage, block_weights, pipeline_stages, stage_weights
+from simllm.training.cost import Cost
+from simllm.training.engine import BlockGroups, Engine
+from simllm.training.run import Training
+
+__all__ = ["Exchange", "StageTime", "Step", "StepTime", "engine_for", "exposed", "model_flops"]
+
+
+def exposed(communication_s: float, window_s: float, share: float) -> float:
+    """Communication that shows beside a window of computation.
+
+    What does not fit into the window shows, and of the rest the share that the software leaves visible.
+
+    >>> exposed(3.0, 2.0, 0.5), exposed(1.0, 2.0, 0.0), exposed(1.0, 2.0, 1.0)
+    (2.0, 0.0, 1.0)
+    """
+    return max(0.0, communication_s - window_s) + share * min(communication_s, window_s)
+
+
+@lru_cache(maxsize=64)
+def engine_for(cluster: Cluster, stack: Stack, precision: str) -> Engine:
+    """The engine of a cluster, stack and precision; its caches live as long as it is used."""
+    return Engine(cluster, stack, precision)
+
+
+@lru_cache(maxsize=1024)
+def model_flops(graph: ModelGraph, seq_len: int, source_len: int, prefix_len: int) -> tuple[int, int]:
+    """FLOPs of forward and backward of one sequence: over full attention, and masked."""
+    counts = count_flops(graph, Layout(seq_len=seq_len, source_len=source_len, prefix_len=prefix_len))
+    return counts.training_full_attention, counts.training_masked
+
+
+@dataclass(frozen=True, slots=True)
+class StageTime:
+    """One micro-batch on one pipeline rank, all of its chunks together."""
+
+    forward: Cost
+    backward: Cost
+    p2p_s: float
+
+    @property
+    def total_s(self) -> float:
+        """Seconds of the micro-batch on this rank."""
+        return self.forward.total + self.backward.total + self.p2p_s
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepTime:
+    """Seconds of a step by cause; they add up to ``total_s``."""
+
+    total_s: float
+    by_cause: dict[str, float]
+    busiest_stage: int
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """One collective of data or pipeline parallelism; sizes as nccl-tests prints them."""
+
+    role: str
+    operation: str
+    group: Group
+    size_bytes: float
+
+
+class Step:
+    """Everything about one step of one plan, computed on demand.
+
+    Parameters
+    ----------
+    model : Model
+    cluster : Cluster
+    plan : Plan
+        Checked against the model and the cluster.
+    training : Training
+    """
+
+    def __init__(self, model: Model, cluster: Cluster, plan: Plan, training: Training) -> None:
+        self.model, self.cluster, self.plan, self.training = model, cluster, plan, training
+        self.stack = training.software
+        self.engine = engine_for(cluster, self.stack, plan.precision)
+        self.graph = model.graph
+        self.prefix_len = model.prefix_len(training.seq_len)
+        self.layout = plan.layout(
+            training.seq_len, training.source_len, self.prefix_len, round(self.stack.vocab_multiple.si)
+        )
+        self.groups = BlockGroups(
+            tp=group_of(plan, "tp"), cp=group_of(plan, "cp"), ep=group_of(plan, "ep"), etp=group_of(plan, "etp")
+        )
+        self.hsdp_shard = plan.hsdp_shard or gcd(plan.dp * plan.cp, max(1, cluster.gpus_per_domain // plan.tp))
+        self.states: StateBytes = state_bytes(self.stack, plan.precision)
+        self.stages = pipeline_stages(self.graph, plan.pp, plan.vpp, plan.uneven_layers)
+        self._memory: tuple[StageMemory, ...] | None = None
+
+    # -- memory ------------------------------------------------------------------------------------------------
+
+    def memory(self) -> tuple[StageMemory, ...]:
+        """Peak memory of every pipeline rank."""
+        if self._memory is None:
+            self._memory = self._stage_memory()
+        return self._memory
+
+    def _stage_memory(self) -> tuple[StageMemory, ...]:
+        return tuple(
+            stage_memory(stage, self.plan, self.layout, self.engine.impl, self.stack, self.hsdp_shard)
+            for stage in self.stages
+        )
+
+    def peak_memory_bytes(self) -> float:
+        """Bytes of the rank that needs most."""
+        return max(stage.peak_bytes for stage in self.memory())
+
+    def state_memory_bytes(self) -> float:
+        """Bytes of parameters, gradients, optimizer and context on the rank that needs most: no plan goes below."""
+        kinds = ("parameters", "gradients", "optimizer", "gathered", "context")
+        return max(sum(stage.by_kind[kind] for kind in kinds) for stage in self.memory())
+
+    # -- one micro-batch on one rank -----------------------------------------------------------------------------
+
+    def _block(self, graph: Graph, is_layer: bool) -> tuple[Cost, Cost]:
+        cost = self.engine.block(graph, self.layout, self.groups, self.plan.recompute, is_layer)
+        if not self.plan.shards_parameters:
+            return cost.forward, cost.backward
+        weights = block_weights(graph, self.layout)
+        gather, reduce = self.exchange_s(self.gathers(*weights)), self.exchange_s(self.reductions(*weights))
+        share = self.stack.overlap.fully_sharded_exposed.si
+        forward = exposed(gather, cost.forward.total, share)
+        backward = exposed(gather + reduce, cost.backward.total, share)
+        return cost.forward + Cost(data_parallel=forward), cost.backward + Cost(data_parallel=backward)
+
+    # -- data-parallel traffic -----------------------------------------------------------------------------------
+
+    def gathers(self, dense: int, expert: int) -> list[Exchange]:
+        """What brings the compute copy of so many parameters to every rank once: nothing without sharding."""
+        if self.plan.zero == "0":
+            return []
+        return [
+            Exchange(role, "all_gather", group, count * self.states.gathered)
+            for role, count, group, _ in self._shards(dense, expert)
+            if count and group.size > 1
+        ]
+
+    def reductions(self, dense: int, expert: int) -> list[Exchange]:
+        """What sums the gradients of so many parameters over the ranks that share them."""
+        operation = "all_reduce" if self.plan.zero == "0" else "reduce_scatter"
+        found = []
+        for role, count, group, replicas in self._shards(dense, expert):
+            size = count * self.states.gradient_on_wire
+            if count and group.size > 1:
+                found.append(Exchange(role, operation, group, size))
+            if count and replicas.size > 1:
+                found.append(Exchange(f"{role}_replicas", "all_reduce", replicas, size / group.size))
+        return found
+
+    def _shards(self, dense: int, expert: int) -> tuple[tuple[str, int, Group, Group], ...]:
+        """Parameters with the group that shards them and that of its replicas: dense ones, then experts."""
+        plan = self.plan
+        experts = group_of(plan, "expert_dp")
+        if plan.zero != "hsdp":
+            alone = Group(size=1)
+            return ("dp", dense, group_of(plan, "dp"), alone), ("expert_dp", expert, experts, alone)
+        size = gcd(experts.size, shard_degrees(plan, self.hsdp_shard)[1])
+        return (
+            (
+                "dp",
+                dense,
+                group_of(plan, "hsdp_shard", self.hsdp_shard),
+                group_of(plan, "hsdp_replicate", self.hsdp_shard),
+            ),
+            (
+                "expert_dp",
+                expert,
+                Group(size=size, stride=experts.stride),
+                Group(size=experts.size // size, stride=experts.stride * size),
+            ),
+        )
+
+    def exchange_s(self, exchanges: list[Exchange]) -> float:
+        """Seconds of exchanges one after the other."""
+        return sum(price(x.operation, x.size_bytes, self.cluster, x.group).time_s for x in exchanges)
+
+    # -- pipeline traffic ----------------------------------------------------------------------------------------
+
+    def p2p(self) -> Exchange:
+        """One transfer of a micro-batch between neighbouring stages."""
+        size = self.layout.elements(self.graph.layers[-1].output) * self.engine.impl.activation_bytes
+        return Exchange("pp", "send_recv", group_of(self.plan, "pp"), size)
+
+    def p2p_count(self, stage: Stage) -> int:
+        """Transfers of one micro-batch that a rank takes part in.
+
+        Every chunk receives and sends once forward and once backward, except at the ends of the model; a send and the
+        receive of the same moment are one exchange.
+        """
+        return 0 if self.plan.pp == 1 else 2 * self.plan.vpp - stage.first - stage.last
+
+    def stage_time(self, stage: Stage) -> StageTime:
+        """One micro-batch on one pipeline rank."""
+        forward, backward = Cost(), Cost()
+        for graph, times in stage.layers:
+            ahead, behind = self._block(graph, True)
+            forward += ahead.scaled(times)
+            backward += behind.scaled(times)
+        for graph in stage.extras:
+            ahead, behind = self._block(graph, False)
+            forward += ahead
+            backward += behind
+        if self.plan.pp == 1:
+            return StageTime(forward, backward, 0.0)
+        visible = self.stack.overlap.pipeline_exposed.si if self.plan.schedule == "interleaved" else 1.0
+        return StageTime(forward, backward, self.p2p_count(stage) * self.exchange_s([self.p2p()]) * visible)
+
+    # -- the step ------------------------------------------------------------------------------------------------
+
+    def time(self) -> StepTime:
+        """Seconds of the step by cause."""
+        plan = self.plan
+        times = self._stage_times()
+        totals = [time.total_s for time in times]
+        busiest = max(range(plan.pp), key=totals.__getitem__)
+        m = plan.num_micro_batches
+        pipeline = pipeline_time(totals, m, plan.vpp)
+        once = max((self._once_per_step(stage, time) for stage, time in zip(self.stages, times, strict=True)), key=sum)
+        by_cause = (times[busiest].forward + times[busiest].backward).scaled(m).by_cause()
+        by_cause["data_parallel"] += once[0]
+        by_cause["pipeline_p2p"] = times[busiest].p2p_s * m
+        by_cause["pipeline_bubble"] = max(0.0, pipeline - totals[busiest] * m)
+        by_cause["optimizer"] = once[1]
+        return StepTime(total_s=sum(by_cause.values()), by_cause=by_cause, busiest_stage=busiest)
+
+    def _stage_times(self) -> list[StageTime]:
+        known: dict[tuple[object, ...], StageTime] = {}
+        times = []
+        for stage in self.stages:
+            key = (stage.layers, stage.extras, stage.first, stage.last)
+            if key not in known:
+                known[key] = self.stage_time(stage)
+            times.append(known[key])
+        return times
+
+    def _once_per_step(self, stage: Stage, time: StageTime) -> tuple[float, float]:
+        """Data-parallel traffic that shows, and the optimizer, on one rank."""
+        dense, expert = stage_weights(stage, self.layout, self.plan.pp)
+        return self._data_parallel(dense, expert, time), self._optimizer(dense, expert)
+
+    def _data_parallel(self, dense: int, expert: int, time: StageTime) -> float:
+        plan, overlap = self.plan, self.stack.overlap
+        if plan.shards_parameters:
+            return 0.0  # part of every block
+        reduce, gather = self.exchange_s(self.reductions(dense, expert)), self.exchange_s(self.gathers(dense, expert))
+        # Gradients are reduced beside the backward pass of the last micro-batch (ZeRO-2: of every one), parameters
+        # gathered beside the forward pass of the first.
+        times = plan.num_micro_batches if plan.zero == "2" else 1
+        shown = times * exposed(reduce, time.backward.total, overlap.gradient_exposed.si)
+        return shown + exposed(gather, time.forward.total, overlap.parameter_gather_exposed.si)
+
+    def _optimizer(self, dense: int, expert: int) -> float:
+        plan = self.plan
+        by_dense, by_expert = (1, 1) if plan.zero == "0" else shard_degrees(plan, self.hsdp_shard)
+        parameters = dense / by_dense + expert / by_expert
+        return self.engine.stream_s(parameters * self.stack.costs.optimizer_traffic.si)
+
+    # -- FLOPs ---------------------------------------------------------------------------------------------------
+
+    def flops(self) -> tuple[int, int]:
+        """Model FLOPs of the step over full and masked attention: forward and backward, nothing recomputed."""
+        full, masked = model_flops(self.graph, self.training.seq_len, self.training.source_len, self.prefix_len)
+        return full * self.plan.global_batch_size, masked * self.plan.global_batch_size
+
+    def recompute_flops(self) -> int:
+        """FLOPs of the step that recomputation adds, over full attention."""
+        layout = Layout(seq_len=self.training.seq_len, source_len=self.training.source_len, prefix_len=self.prefix_len)
+        policy = self.plan.recompute
+        total = 0.0
+        for graph, times in self.graph.parts[1:-1]:
+            again = recomputed_operators(graph, policy, self.engine.impl)
+            total += times * policy.fraction * sum(operator_flops(operator, layout)[0] for operator in again)
+        return round(total) * self.plan.global_batch_size

@@ -1,0 +1,279 @@
+"""The cluster and the plan of a published run, with an assumption for every cell that is not stated."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from math import gcd
+
+from simllm.errors import InputError
+from simllm.hardware import Cluster, make_cluster
+from simllm.hardware.stack import Stack
+from simllm.models import Model
+from simllm.models.activations import Recompute
+from simllm.models.spec import MoESpec
+from simllm.parallel.plan import Plan, Zero, even_split
+from simllm.validation.table import Row
+
+__all__ = ["run_cluster", "run_plan"]
+
+#: Stacks from before sequence parallelism (arXiv:2205.05198, 2022), and one that has its own form of it.
+_WITHOUT_SEQUENCE_PARALLEL = frozenset({"megatron-lm", "megatron-deepspeed", "internevo"})
+
+#: What a stack shards when the row does not say: FSDP and XLA everything; Megatron nothing until its distributed
+#: optimizer of 2022, the optimizer states since.
+_USUAL_ZERO: dict[str, Zero] = {
+    "fsdp1": "3",
+    "fsdp1-compiled": "3",
+    "torchtitan": "3",
+    "torchtitan-eager": "3",
+    "automodel": "3",
+    "xla": "3",
+    "megatron-lm": "0",
+    "megatron-deepspeed": "0",
+}
+
+#: Stacks that recompute whole layers unless told otherwise: MaxText's remat_policy is "full", Paxml's and
+#: AutoModel's benchmark recipes switch checkpointing on.
+_RECOMPUTES_BY_DEFAULT = frozenset({"xla", "automodel"})
+
+#: torchtitan's selective checkpointing keeps the attention and every second matrix product of a layer, and runs the
+#: others and all that is pointwise again (arXiv:2410.06511, section 2.1.3). Its products are q, k, v, o, gate, up and
+#: down, of which k, o and up run again; the graph has q, k, v and gate, up as one operator each. Rerunning qkv and o is
+#: the nearest to it in FLOPs and in memory that whole operators allow.
+_SELECTIVE_PER_OPERATOR = ("mixer_norm", "qkv", "q_norm", "k_norm", "rope", "o", "mlp_norm", "act")
+
+#: Frameworks of a stack with experts split otherwise: NeMo leaves Megatron-Core's expert_tensor_parallel_size at its
+#: default, the tensor-parallel size; Megatron-Bridge's recipes set it to 1.
+_TP_EXPERTS = ("nemo (", "nvidia nemo", "nemo 2")
+
+#: Words of a network's description and the link class they mean.
+_NETWORKS = (("roce", "roce"), ("tcpxo", "gpudirect-tcpxo"), ("tcpx", "gpudirect-tcpx"), ("efa", "efa"))
+
+_SCHEDULES = {
+    "1f1b": "1f1b",
+    "gpipe": "gpipe",
+    "interleaved": "interleaved",
+    "interleaved-1f1b": "interleaved",
+    "1f1b-i": "interleaved",
+    "1f1b-interleaved": "interleaved",
+}
+
+
+@lru_cache(maxsize=1024)
+def _cluster(gpu: str, num_gpus: int, per_node: int | None, network: float | None, link: str | None) -> Cluster:
+    return make_cluster(
+        accelerator=gpu,
+        num_gpus=num_gpus,
+        gpus_per_node=per_node,
+        scaleout_bandwidth_per_node=network,
+        scaleout_link=link,
+    )
+
+
+def run_cluster(row: Row) -> Cluster:
+    """The cluster of a row: its devices, nodes and network as far as they are stated."""
+    gpu = row.text("gpu")
+    if not gpu:
+        raise InputError("gpu is not stated")
+    num_gpus = row.needed_integer("n_gpus")
+    per_node = row.integer("gpus_per_node")
+    network = row.number("node_network_GBps")
+    described = row.text("interconnect").casefold()
+    link = next((link for word, link in _NETWORKS if re.search(rf"\b{word}\b", described)), None)
+    cluster = _cluster(gpu, num_gpus, per_node, network * 1e9 if network else None, link)
+    if per_node is None:
+        row.assume(f"gpus_per_node is not stated: {cluster.gpus_per_node}, as in the device's reference system")
+    if network is None and cluster.num_domains > 1 and cluster.scaleout_bandwidth_per_node:
+        row.assume(
+            f"node_network_GBps is not stated: {cluster.scaleout_bandwidth_per_node / 1e9:g}, "
+            "as in the device's reference system"
+        )
+    return cluster
+
+
+def run_plan(row: Row, model: Model, cluster: Cluster, stack: Stack, base: str, seq_len: int) -> Plan:
+    """The plan of a row.
+
+    Parameters
+    ----------
+    row : Row
+    model, cluster, stack
+        Of the same row.
+    base : str
+        Name of the stack before the row's own settings changed it.
+    seq_len : int
+
+    Raises
+    ------
+    InputError
+        Cells contradict each other, or what they state is not modelled.
+    """
+    tp, pp, cp, dp = _degrees(row, cluster.num_gpus)
+    ep, etp = _experts(row, model, stack, tp, tp * cp * dp)
+    micro_batch, global_batch = _batch(row, dp)
+    schedule, vpp = _schedule(row, pp)
+    return Plan(
+        tp=tp,
+        pp=pp,
+        vpp=vpp,
+        cp=cp,
+        ep=ep,
+        etp=etp,
+        dp=dp,
+        zero=_zero(row, base, dp * cp),
+        sequence_parallel=_sequence_parallel(row, base, tp),
+        micro_batch_size=micro_batch,
+        global_batch_size=global_batch,
+        recompute=_recompute(row, base, model),
+        precision=_precision(row, cluster),
+        schedule=schedule,
+        uneven_layers=_uneven(row, model, pp * vpp),
+    )
+
+
+def _degrees(row: Row, num_gpus: int) -> tuple[int, int, int, int]:
+    """tp, pp, cp and dp; what is not stated follows from the others or is 1."""
+    stated = {name: row.integer(name) for name in ("tp", "pp", "cp", "dp")}
+    if num_gpus > 1 and all(stated[name] is None for name in ("tp", "pp", "dp")):
+        raise InputError(f"none of tp, pp and dp is stated: how {num_gpus} GPUs are used is not known")
+    for name in ("tp", "pp", "cp"):
+        if stated[name] is None:
+            row.assume(f"{name} is not stated: 1")
+    tp, pp, cp = (stated[name] or 1 for name in ("tp", "pp", "cp"))
+    if num_gpus % (tp * pp * cp):
+        raise InputError(f"tp={tp} x pp={pp} x cp={cp} = {tp * pp * cp} does not divide n_gpus={num_gpus}")
+    dp = num_gpus // (tp * pp * cp)
+    if stated["dp"] not in (None, dp):
+        raise InputError(
+            f"dp={stated['dp']} x tp={tp} x pp={pp} x cp={cp} = {(stated['dp'] or 1) * tp * pp * cp} contradicts "
+            f"n_gpus={num_gpus}"
+        )
+    return tp, pp, cp, dp
+
+
+def _experts(row: Row, model: Model, stack: Stack, tp: int, stage_gpus: int) -> tuple[int, int]:
+    """Expert parallelism, and tensor parallelism inside an expert."""
+    ep = row.integer("ep")
+    moe = next((b.mlp for b in model.spec.decoder.layers if isinstance(b.mlp, MoESpec)), None)
+    if moe is None:
+        if ep not in (None, 1):
+            raise InputError(f"ep={ep}, but the model has no experts")
+        return 1, 1
+    if ep is None:
+        row.assume("ep is not stated: 1")
+        ep = 1
+    etp = 1
+    if tp > 1 and (stack.expert_tensor_parallel == "tp" or row.text("framework").casefold().startswith(_TP_EXPERTS)):
+        etp = gcd(tp, gcd(moe.expert.intermediate_size, stage_gpus // gcd(stage_gpus, ep)))
+        row.assume(f"experts are split over the tensor-parallel ranks like dense layers: etp={etp}")
+    return ep, etp
+
+
+def _batch(row: Row, dp: int) -> tuple[int, int]:
+    """Micro-batch and global batch size; the steps of gradient accumulation must agree with them."""
+    micro = row.integer("micro_batch")
+    steps = row.integer("grad_accum")
+    batch = row.integer("global_batch_seqs")
+    if batch is None:
+        if micro is None or steps is None:
+            raise InputError("global_batch_seqs is not stated, nor both micro_batch and grad_accum")
+        batch = micro * steps * dp
+        row.assume(f"global_batch_seqs is not stated: micro_batch x grad_accum x dp = {batch}")
+    if micro is None:
+        follows = steps is not None and batch % (steps * dp) == 0
+        micro = batch // (steps * dp) if steps is not None and follows else 1
+        why = "global_batch_seqs / (grad_accum x dp) = " if follows else ""
+        row.assume(f"micro_batch is not stated: {why}{micro}")
+    if steps is not None and micro * steps * dp != batch:
+        raise InputError(
+            f"micro_batch={micro} x grad_accum={steps} x dp={dp} = {micro * steps * dp} contradicts "
+            f"global_batch_seqs={batch}"
+        )
+    return micro, batch
+
+
+def _schedule(row: Row, pp: int) -> tuple[str, int]:
+    """The pipeline schedule and the model chunks of a rank."""
+    stated = row.text("pipeline_schedule").casefold()
+    if stated and stated not in _SCHEDULES:
+        raise InputError(f"pipeline schedule {stated} is not modelled; modelled are 1f1b, gpipe and interleaved-1f1b")
+    vpp = row.integer("vp")
+    if pp == 1:
+        return "1f1b", 1
+    schedule = _SCHEDULES.get(stated) or ("interleaved" if (vpp or 1) > 1 else "1f1b")
+    if not stated:
+        row.assume(f"pipeline_schedule is not stated: {schedule}")
+    if schedule == "interleaved" and vpp is None:
+        raise InputError("the interleaved schedule needs vp, the model chunks of a rank, which is not stated")
+    if vpp is None:
+        row.assume("vp is not stated: 1, not interleaved")
+    if schedule != "interleaved" and (vpp or 1) > 1:
+        raise InputError(f"pipeline_schedule={stated} contradicts vp={vpp}")
+    if schedule == "interleaved" and vpp == 1:
+        return "1f1b", 1
+    return schedule, vpp or 1
+
+
+def _uneven(row: Row, model: Model, chunks: int) -> bool:
+    """Whether the layers divide over the chunks of the pipeline, the embedding and the head counted or not."""
+    layers = model.spec.num_hidden_layers
+    if even_split(layers, chunks) is not None:
+        return False
+    what = "the last chunks are shorter" if chunks <= layers else "the embedding and the head have chunks of their own"
+    row.assume(f"{layers} layers over {chunks} pipeline chunks: {what}")
+    return True
+
+
+def _zero(row: Row, base: str, ranks: int) -> Zero:
+    """The ZeRO stage."""
+    known: dict[str, Zero] = {"0": "0", "1": "1", "2": "2", "3": "3", "hsdp": "hsdp"}
+    stated = row.text("zero").casefold().removesuffix(".0")
+    if stated:
+        if stated not in known:
+            raise InputError(f"zero={stated!r} is none of {', '.join(known)}")
+        return known[stated]
+    usual = _USUAL_ZERO.get(base, "1")
+    if ranks > 1:
+        row.assume(f"zero is not stated: {usual}, as {base} does")
+    return usual
+
+
+def _sequence_parallel(row: Row, base: str, tp: int) -> bool:
+    """Sequence parallelism, which only exists beside tensor parallelism."""
+    stated = row.flag("sequence_parallel")
+    if tp == 1:
+        return False
+    if stated is not None:
+        return stated
+    usual = base not in _WITHOUT_SEQUENCE_PARALLEL
+    row.assume(f"sequence_parallel is not stated: {'on' if usual else 'off'}, as {base} does")
+    return usual
+
+
+def _recompute(row: Row, base: str, model: Model) -> Recompute:
+    """What runs again in the backward pass."""
+    stated = row.text("recompute").casefold()
+    if not stated:
+        usual = "full" if base in _RECOMPUTES_BY_DEFAULT else "none"
+        row.assume(f"recompute is not stated: {usual}, as {base} does")
+        return Recompute.parse(usual)
+    if stated == "selective" and base.startswith("torchtitan"):
+        present = {operator.name for graph in model.graph.layers for operator in graph.operators}
+        again = tuple(name for name in _SELECTIVE_PER_OPERATOR if name in present)
+        row.assume(f"selective recomputation of torchtitan runs {', '.join(again)} again")
+        return Recompute(kind="list", operators=again)
+    if stated == "selective" and base == "xla":
+        row.assume("selective recomputation of MaxText keeps a few named tensors: taken as full")
+        return Recompute.parse("full")
+    return Recompute.parse(stated)
+
+
+def _precision(row: Row, cluster: Cluster) -> str:
+    """The precision of the matrix products."""
+    stated = row.text("precision").casefold()
+    if stated:
+        return stated
+    usual = "bf16" if "bf16" in cluster.accelerator.peak_flops else "fp16"
+    row.assume(f"precision is not stated: {usual}")
+    return usual

@@ -1,0 +1,273 @@
+"""Published or own training runs beside predictions: `simllm validate runs`.
+
+Each row of the table becomes a model, a cluster, a plan and a software stack, by the rules of `row_model`, `row_stack`
+and `row_plan`. What a row does not state is assumed by a rule and listed; what cannot be modelled is unsupported, with
+the reason. No row is dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, Literal
+
+from simllm.errors import InputError
+from simllm.models import Model
+from simllm.models.spec import ModelSpec
+from simllm.training import Estimate, Training, estimate
+from simllm.validation.row_model import check_parameters, model_spec
+from simllm.validation.row_plan import run_cluster, run_plan
+from simllm.validation.row_stack import (
+    base_stack,
+    check_task,
+    dropout_of,
+    run_stack,
+    state_what_is_not_modelled,
+)
+from simllm.validation.scoring import Outcome, Score, score, score_by
+from simllm.validation.table import Row, read_table
+
+__all__ = ["HEADLINE_TIERS", "NEEDED_COLUMNS", "RunResult", "ValidationReport", "validate_runs"]
+
+#: Columns without which no row can be priced; the others may be missing or empty.
+NEEDED_COLUMNS = ("gpu", "n_gpus", "layers", "hidden", "heads", "seq_len", "global_batch_seqs")
+
+#: Tier C rows leave too much open to judge a model by; they are priced and listed, but not scored. A table without
+#: tiers counts as a whole.
+HEADLINE_TIERS = frozenset({"A", "B", ""})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """One row of the table with its prediction.
+
+    Attributes
+    ----------
+    id, tier, source, framework, gpu, config_key : str
+        As the table has them; a row without a ``config_key`` is a configuration of its own.
+    stack : str
+        Software stack that it was priced with; "" if unsupported.
+    status : {"ok", "unsupported"}
+    reason : str
+        Why it is unsupported.
+    measured_step_time_s, predicted_step_time_s : float or None
+        None: the table does not say, or unsupported.
+    measured_mfu, predicted_mfu : float or None
+        Over full attention, against the peak of the plan's precision; both from the same FLOPs.
+    measured_peak_memory_bytes, predicted_peak_memory_bytes : float or None
+        In the view that ``memory_kind`` names.
+    assumptions : tuple of str
+        What the row does not state.
+    """
+
+    id: str
+    tier: str
+    source: str
+    framework: str
+    gpu: str
+    config_key: str
+    stack: str = ""
+    status: Literal["ok", "unsupported"] = "unsupported"
+    reason: str = ""
+    measured_step_time_s: float | None = None
+    predicted_step_time_s: float | None = None
+    measured_mfu: float | None = None
+    predicted_mfu: float | None = None
+    measured_peak_memory_bytes: float | None = None
+    predicted_peak_memory_bytes: float | None = None
+    assumptions: tuple[str, ...] = ()
+
+    @property
+    def step_time(self) -> Outcome | None:
+        """The step time as something to score, if both sides are known."""
+        if self.measured_step_time_s is None or self.predicted_step_time_s is None:
+            return None
+        return Outcome(
+            key=self.config_key,
+            predicted=self.predicted_step_time_s,
+            measured=self.measured_step_time_s,
+            predicted_utilisation=self.predicted_mfu,
+            measured_utilisation=self.measured_mfu,
+        )
+
+    @property
+    def peak_memory(self) -> Outcome | None:
+        """The peak memory as something to score, if both sides are known."""
+        if self.measured_peak_memory_bytes is None or self.predicted_peak_memory_bytes is None:
+            return None
+        return Outcome(
+            key=self.config_key, predicted=self.predicted_peak_memory_bytes, measured=self.measured_peak_memory_bytes
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data with stable keys, SI units."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__} | {
+            "assumptions": list(self.assumptions)
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationReport:
+    """Every row, and the errors over all of them."""
+
+    rows: tuple[RunResult, ...]
+
+    @property
+    def scored(self) -> tuple[RunResult, ...]:
+        """The rows of the headline tiers."""
+        return tuple(row for row in self.rows if row.tier in HEADLINE_TIERS)
+
+    def step_time_by(self, group: Callable[[RunResult], str], every_tier: bool = False) -> dict[str, Score]:
+        """Errors of step times by a property of the rows."""
+        return _by(self.rows if every_tier else self.scored, group, lambda row: row.step_time)
+
+    def peak_memory_by(self, group: Callable[[RunResult], str], every_tier: bool = False) -> dict[str, Score]:
+        """Errors of peak memory by a property of the rows."""
+        return _by(self.rows if every_tier else self.scored, group, lambda row: row.peak_memory)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Errors overall (tiers A and B), by gpu and framework (the same rows), and by tier (all rows)."""
+        priced = [row for row in self.rows if row.status == "ok"]
+        return {
+            "rows": len(self.rows),
+            "ok": len(priced),
+            "unsupported": len(self.rows) - len(priced),
+            "headline_tiers": sorted(tier for tier in HEADLINE_TIERS if tier),
+            "overall": score(o for row in self.scored if (o := row.step_time)).to_dict(),
+            **{
+                name: _plain(self.step_time_by(attrgetter(name), every_tier=name == "tier"))
+                for name in ("tier", "gpu", "framework", "stack")
+            },
+            "memory": {
+                "overall": score(o for row in self.scored if (o := row.peak_memory)).to_dict(),
+                **{
+                    name: _plain(self.peak_memory_by(attrgetter(name), every_tier=name == "tier"))
+                    for name in ("tier", "gpu", "framework")
+                },
+            },
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data with stable keys, SI units."""
+        return {"rows": [row.to_dict() for row in self.rows], "summary": self.summary}
+
+
+def _by(
+    rows: Sequence[RunResult], group: Callable[[RunResult], str], outcome: Callable[[RunResult], Outcome | None]
+) -> dict[str, Score]:
+    pairs = [(group(row) or "not stated", found) for row in rows if (found := outcome(row)) is not None]
+    return score_by(pairs, lambda pair: pair[0], lambda pair: pair[1])
+
+
+def _plain(scores: dict[str, Score]) -> dict[str, dict[str, float | int | None]]:
+    return {name: found.to_dict() for name, found in scores.items()}
+
+
+def validate_runs(path: str | Path, progress: Callable[[int, int], None] | None = None) -> ValidationReport:
+    """Price every run of a table.
+
+    Parameters
+    ----------
+    path : str or Path
+        A CSV file with the columns of tests/published/training_runs.csv, of which `NEEDED_COLUMNS` must be there.
+    progress : callable, optional
+        Called with the rows done and their number after each row.
+
+    Raises
+    ------
+    InputError
+        The file cannot be read or lacks a needed column. What is wrong with one row is the reason of that row.
+    """
+    table = read_table(path, NEEDED_COLUMNS)
+    models: dict[ModelSpec, Model] = {}
+    results = []
+    for done, row in enumerate(table, 1):
+        results.append(_result(row, models))
+        if progress is not None:
+            progress(done, len(table))
+    return ValidationReport(rows=tuple(results))
+
+
+def _result(row: Row, models: dict[ModelSpec, Model]) -> RunResult:
+    name = row.text("id") or f"line {row.line}"
+    result = RunResult(
+        id=name,
+        tier=row.text("tier").upper(),
+        source=row.text("source"),
+        framework=row.text("framework"),
+        gpu=row.text("gpu"),
+        config_key=row.text("config_key") or name,
+    )
+    try:
+        if row.problem:
+            raise InputError(row.problem)
+        result = replace(
+            result,
+            measured_step_time_s=_measured_step_time(row),
+            measured_peak_memory_bytes=_measured_memory(row),
+        )
+        answer = _price(row, models)
+    except InputError as error:
+        return replace(result, reason=str(error), assumptions=tuple(row.assumptions))
+    measured = result.measured_step_time_s
+    memory = _predicted_memory(row, answer)
+    return replace(
+        result,
+        status="ok",
+        stack=answer.training.software.name,
+        predicted_step_time_s=answer.step_time_s,
+        measured_mfu=answer.mfu * answer.step_time_s / measured if measured else None,
+        predicted_mfu=answer.mfu,
+        predicted_peak_memory_bytes=memory,
+        assumptions=(*row.assumptions, *answer.assumptions),
+    )
+
+
+def _price(row: Row, models: dict[ModelSpec, Model]) -> Estimate:
+    """The prediction of a row."""
+    check_task(row)
+    seq_len = row.needed_integer("seq_len", 2**27)
+    cluster = run_cluster(row)
+    base = base_stack(row)
+    spec = model_spec(row, seq_len, dropout_of(row, base))
+    model = models.setdefault(spec, Model(spec))
+    check_parameters(row, model)
+    stack = run_stack(row, base)
+    plan = run_plan(row, model, cluster, stack, base, seq_len)
+    state_what_is_not_modelled(row)
+    return estimate(model, cluster, plan, Training(seq_len=seq_len, stack=stack))
+
+
+def _measured_step_time(row: Row) -> float | None:
+    """Seconds of a step as measured, or from the measured tokens per second."""
+    stated = row.number("step_time_s")
+    rate = row.number("tokens_per_s_per_gpu")
+    if stated is not None or rate is None:
+        return stated
+    batch, seq_len, gpus = (row.integer(name) for name in ("global_batch_seqs", "seq_len", "n_gpus"))
+    if batch is None or seq_len is None or gpus is None:
+        return None
+    row.assume("the measured step time follows from tokens_per_s_per_gpu")
+    return batch * seq_len / (rate * gpus)
+
+
+def _measured_memory(row: Row) -> float | None:
+    stated = row.number("measured_peak_mem_gb")
+    return None if stated is None else stated * 1e9
+
+
+def _predicted_memory(row: Row, answer: Estimate) -> float:
+    """The peak in the view of the measurement: nvidia-smi shows the context too, PyTorch's counters do not."""
+    kind = row.text("memory_kind").casefold()
+    peak, context = answer.peak_memory_bytes, answer.peak_stage.by_kind["context"]
+    if "nvidia-smi" in kind:
+        return peak
+    if row.text("measured_peak_mem_gb"):
+        if "reserved" in kind:
+            row.assume("reserved memory is taken as allocated: the allocator's slack is not modelled")
+        elif "allocated" not in kind:
+            row.assume("the kind of peak memory is not stated: taken as allocated by PyTorch, without the context")
+    return peak - context

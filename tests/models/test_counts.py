@@ -1,0 +1,126 @@
+"""FLOPs and caches against the published counts, and the closed forms of papers."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+
+from simllm.models import Model
+from simllm.models.build import build_graph
+from simllm.models.counts import count_flops, count_parameters
+from simllm.models.graph import Layout
+from simllm.models.spec import ModelSpec
+from simllm.models.work import AttentionWork, attended_pairs
+from tests.strategies import gpt_spec, specs
+
+PUBLISHED = Path(__file__).parents[1] / "published"
+
+
+def rows(name: str) -> list[dict[str, str]]:
+    with (PUBLISHED / name).open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+MEASURED = [row for row in rows("flops.csv") if row["forward_flops"]]
+
+
+@pytest.mark.parametrize("row", MEASURED, ids=lambda row: f"{row['name']}-{row['attn_impl']}-{row['seq']}")
+def test_forward_flops_equal_pytorchs_counter(row: dict[str, str]) -> None:
+    flops = Model.load(row["name"]).flops(int(row["seq"]), int(row["batch"]))
+    assert flops.forward_full_attention == int(float(row["forward_flops"]))
+
+
+def test_every_measured_flop_row_is_read() -> None:
+    assert len(MEASURED) == 66
+
+
+@pytest.mark.parametrize("row", rows("kv.csv"), ids=lambda row: row["name"])
+def test_cache_bytes_per_token(row: dict[str, str]) -> None:
+    assert Model.load(row["name"]).kv_cache_bytes_per_token() == float(row["bytes_per_token_bf16"])
+
+
+def test_cross_attention_keeps_as_much_per_source_token() -> None:
+    t5 = Model.load("t5-base")
+    assert t5.cross_kv_cache_bytes_per_token() == t5.kv_cache_bytes_per_token() == 12 * 2 * 768 * 2
+    assert Model.load("gpt2").cross_kv_cache_bytes_per_token() == 0
+
+
+def test_narayanan_2021_flops_of_an_iteration() -> None:
+    # arXiv:2104.04473, equation 3 without recomputation: 72 B s l h^2 (1 + s / 6h + V / 12 l h).
+    h, layers, s, v, batch = 12288, 96, 2048, 51200, 3
+    spec = gpt_spec(hidden=h, heads=96, layers=layers, vocab=v)
+    flops = count_flops(build_graph(spec), Layout(batch=batch, seq_len=s))
+    assert flops.training_full_attention == 72 * batch * s * layers * h**2 + 12 * batch * s * s * layers * h + (
+        6 * batch * s * h * v
+    )
+
+
+def test_masked_attention_counts_only_attended_pairs() -> None:
+    gpt2 = Model.load("gpt2").flops(1024)
+    scores = gpt2.forward_full_attention - gpt2.forward_masked
+    pairs = 1024 * 1024 - 1024 * 1025 // 2
+    assert scores == 12 * 12 * pairs * 2 * 64 * 2
+
+
+def test_mask_pairs_by_enumeration() -> None:
+    for window in (None, 1, 3, 7, 20):
+        for prefix in (0, 1, 4, 9):
+            seen = sum(
+                1
+                for query in range(9)
+                for key in range(9)
+                if (key <= query and (window is None or query - key < window)) or (key < prefix and query < prefix)
+            )
+            if window is None:
+                assert attended_pairs("prefix", 9, 9, None, prefix) == seen
+            if prefix == 0:
+                assert attended_pairs("causal", 9, 9, window) == seen
+    assert attended_pairs("cross", 5, 7) == 35
+    with pytest.raises(ValueError, match="unknown mask"):
+        attended_pairs("diagonal", 4, 4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(specs())
+def test_parts_add_up(spec: ModelSpec) -> None:
+    graph = build_graph(spec)
+    parameters = count_parameters(graph)
+    assert sum(parameters.by_component.values()) == parameters.total
+    assert parameters.embedding + parameters.lm_head + parameters.non_embedding == parameters.total
+    assert 0 < parameters.active <= parameters.total
+    flops = count_flops(graph, Layout(batch=2, seq_len=128))
+    assert sum(flops.by_component.values()) == flops.forward_masked <= flops.forward_full_attention
+    assert flops.training_masked == 3 * flops.forward_masked
+
+
+@settings(max_examples=40, deadline=None)
+@given(specs())
+def test_ranks_share_the_work(spec: ModelSpec) -> None:
+    graph = build_graph(spec)
+    whole = count_flops(graph, Layout(batch=4, seq_len=256))
+    rank = count_flops(graph, Layout(batch=4, seq_len=256, tp=4, cp=4, ep=4, sequence_parallel=True))
+    # Sixteen ranks do at least the work of one; more only where few key-value heads or a padded vocabulary repeat it.
+    repeated = any(
+        block.mixer.num_key_value_heads < 4
+        for block in spec.decoder.layers  # type: ignore[union-attr]
+    )
+    assert rank.forward_full_attention * 16 >= whole.forward_full_attention
+    if not repeated:
+        assert rank.forward_full_attention * 16 == whole.forward_full_attention
+
+
+def test_backward_is_twice_the_forward_per_operator() -> None:
+    from simllm.models.graph import Implementation
+
+    layout, impl = Layout(batch=2, seq_len=64), Implementation()
+    for name in ("llama-3-8b", "mixtral-8x7b", "deepseek-v2-lite", "jamba-v0.1", "t5-base"):
+        for part, _ in Model.load(name).graph.parts:
+            for operator in part.operators:
+                forward = sum(item.flops for item in operator.forward(layout, impl))
+                inputs = sum(item.flops for item in operator.backward_input(layout, impl))
+                weights = sum(item.flops for item in operator.backward_weight(layout, impl))
+                attention = any(isinstance(item, AttentionWork) for item in operator.forward(layout, impl))
+                assert (inputs, weights) == ((2 * forward, 0) if attention else (forward, forward)), operator.name

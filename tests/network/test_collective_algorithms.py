@@ -1,0 +1,285 @@
+"""Each algorithm against times worked out by hand on links with round figures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import msgspec
+import pytest
+
+from simllm.errors import InputError, UnsupportedError
+from simllm.hardware.cluster import load_cluster
+from simllm.hardware.figures import Count
+from simllm.hardware.links import Curve, Link, Part, Seconds, SlotParts, SwitchCurve
+from simllm.network import Group, price
+from simllm.network.alltoall import all_to_all
+from simllm.network.fabric import Cut, Fabric, fabric
+from simllm.network.group import Spread, spread
+from simllm.network.hierarchical import hierarchical, hierarchical_broadcast
+from simllm.network.nvls import nvls, nvls_tree
+from simllm.network.p2p import send_recv
+from simllm.network.ring import broadcast, ring
+from simllm.network.terms import Terms
+from simllm.network.torus import grid, torus
+from simllm.network.tree import busiest_domain_bytes, tree
+
+
+def _us(value: float) -> Seconds:
+    return Seconds(value=value, unit="us", source="test", basis="assumed")
+
+
+def _part(value: float) -> Part:
+    return Part(value=value, unit="fraction", source="test", basis="assumed")
+
+
+def _curve(efficiency: float, launch: float, step: float, copy: float = 0.0, ramp: float = 0.0) -> Curve:
+    slots = SlotParts(value=copy, unit="fraction", source="test", basis="assumed")
+    return Curve(efficiency=_part(efficiency), launch=_us(launch), step=_us(step), ramp=_us(ramp), copy=slots)
+
+
+UP = Link(
+    kind="link",
+    name="inside",
+    scope="scale-up",
+    description="round figures",
+    algorithms=("ring", "tree", "nvls", "nvls_tree"),
+    ring=_curve(0.5, 10, 1),
+    switch=SwitchCurve(
+        efficiency=_part(0.5),
+        launch=_us(30),
+        ramp=_us(0),
+        minimum_group=Count(value=4, unit="count", source="test", basis="assumed"),
+    ),
+    all_to_all=_curve(0.5, 10, 1),
+    p2p=_curve(0.5, 10, 1),
+)
+OUT = Link(
+    kind="link",
+    name="across",
+    scope="scale-out",
+    description="round figures",
+    ring=_curve(1, 5, 10),
+    tree=_curve(1, 5, 10),
+    all_to_all=_curve(1, 5, 10),
+    p2p=_curve(1, 5, 10),
+)
+
+
+def view(size: int, domains: int, *, up: float = 100e9, nic: float = 10e9, rails: int = 8) -> Fabric:
+    """``size`` ranks spread evenly over ``domains`` domains, ``up`` bytes/s inside, ``nic`` bytes/s a GPU outside."""
+    members = size // domains
+    cut = Cut(name="across", blocks=domains, least=members, members=min(members, rails), bandwidth=nic)
+    return Fabric(
+        size=size,
+        domain=Spread(blocks=domains, most=members, least=members),
+        up=UP,
+        out=OUT if domains > 1 else None,
+        up_bandwidth=up,
+        shuffle_bandwidth=up,
+        pair_bandwidth=up,
+        cuts=(cut,) if domains > 1 else (),
+        grid=None,
+    )
+
+
+def simple(terms: tuple[Terms, ...]) -> Terms:
+    return terms[-1]
+
+
+def test_ring_inside_a_domain() -> None:
+    # 4 ranks: 2 * 3 steps of 1 us after 10 us; 1.5 bytes a byte over 50 GB/s.
+    terms = simple(ring(view(4, 1), 2))
+    assert terms.latency_s == pytest.approx(16e-6)
+    assert terms.time_s(1e9) == pytest.approx(16e-6 + 1.5 / 50)
+    assert terms.scaleup_bytes == 1.5
+    assert terms.scaleout_bytes == 0
+    gather = simple(ring(view(4, 1), 1))
+    assert gather.time_s(1e9) == pytest.approx(13e-6 + 0.75 / 50)
+
+
+def test_ring_copies_slots() -> None:
+    # One more slot of S/4 for each GPU: 1.75 bytes a byte.
+    link = msgspec.structs.replace(UP, ring=_curve(0.5, 10, 1, copy=1.0))
+    terms = simple(ring(replace(view(4, 1), up=link), 2))
+    assert terms.s_per_byte == pytest.approx(1.75 / 50e9)
+    assert terms.scaleup_bytes == 1.5
+
+
+def test_ring_across_domains_uses_all_nics() -> None:
+    # 16 ranks in 2 domains of 8: 30 steps, 2 of them across; 15/8 bytes over 8 NICs of 10 GB/s.
+    terms = simple(ring(view(16, 2, up=400e9), 2))
+    assert terms.latency_s == pytest.approx((10 + 5 + 28 * 1 + 2 * 10) * 1e-6)
+    assert terms.s_per_byte == pytest.approx(15 / 8 / 80e9)
+    assert (terms.bottleneck, terms.bottleneck_bandwidth) == ("across", 80e9)
+    assert terms.scaleout_bytes == pytest.approx(15 / 8 / 8)
+    # One member in each of 4 domains: every step crosses, one NIC each.
+    terms = simple(ring(view(4, 4), 1))
+    assert terms.latency_s == pytest.approx((10 + 5 + 3 * 10) * 1e-6)
+    assert terms.s_per_byte == pytest.approx(0.75 / 10e9)
+    assert terms.scaleup_bytes == 0
+
+
+def test_rails_limit_large_domains() -> None:
+    # 32 GPUs a domain, but 8 rails: 80 GB/s, not 320.
+    terms = simple(ring(view(64, 2, up=400e9), 2))
+    assert terms.s_per_byte == pytest.approx(2 * 63 / 64 / 80e9)
+
+
+def test_broadcast_sends_all_bytes_over_every_edge() -> None:
+    terms = simple(broadcast(view(8, 1)))
+    assert terms.latency_s == pytest.approx(11e-6)
+    assert terms.s_per_byte == pytest.approx(1 / 50e9)
+    # 7 edges share among 8 GPUs; 6 hops are behind the first, so the pipeline fills in 6 us.
+    assert terms.scaleup_bytes == 7 / 8
+    assert terms.s_per_sqrt_byte == pytest.approx(2 * (6e-6 / 100e9) ** 0.5)
+
+
+def test_tree() -> None:
+    assert [busiest_domain_bytes(n) for n in (1, 2, 3, 4, 5)] == [0, 1, 1.5, 2, 2]
+    # 4 domains of 8: 14 steps inside, 2 log2 4 = 4 levels across; 2 S out of the busiest domain over 80 GB/s.
+    terms = simple(tree(view(32, 4)))
+    assert terms.latency_s == pytest.approx((10 + 5 + 14 + 4 * 10) * 1e-6)
+    assert terms.s_per_byte == pytest.approx(max(2 / 80e9, 1.75 / 50e9))
+    assert terms.scaleup_bytes + terms.scaleout_bytes == pytest.approx(2 * 31 / 32)
+    assert tree(view(8, 1)) == ()
+
+
+def test_nvls() -> None:
+    # 8 GPUs send S + S/8 at 50 GB/s, whatever their number the latency is 30 us.
+    terms = simple(nvls(view(8, 1)))
+    assert terms.time_s(1e9) == pytest.approx(30e-6 + 1.125 / 50)
+    assert nvls(view(2, 1)) == ()
+    tree_terms = simple(nvls_tree(view(32, 4)))
+    assert tree_terms.latency_s == pytest.approx((30 + 5 + 4 * 10) * 1e-6)
+    assert tree_terms.s_per_byte == pytest.approx(2 / 80e9)
+    assert nvls_tree(view(8, 4)) == ()
+
+
+def test_all_to_all() -> None:
+    terms = simple(all_to_all(view(8, 1)))
+    assert terms.time_s(1e9) == pytest.approx(17e-6 + 7 / 8 / 50)
+    # 2 domains of 8: half of the buffer leaves through one NIC of 10 GB/s; 7 messages inside, 8 across.
+    terms = simple(all_to_all(view(16, 2)))
+    assert terms.latency_s == pytest.approx((10 + 5 + 7 + 80) * 1e-6)
+    assert terms.s_per_byte == pytest.approx(0.5 / 10e9)
+    assert (terms.scaleup_bytes, terms.scaleout_bytes) == (7 / 16, 8 / 16)
+
+
+def test_send_recv() -> None:
+    assert simple(send_recv(view(2, 1))).time_s(1e9) == pytest.approx(11e-6 + 1 / 50)
+    terms = simple(send_recv(view(2, 2)))
+    assert terms.time_s(1e9) == pytest.approx(25e-6 + 1 / 10)
+    assert (terms.scaleup_bytes, terms.scaleout_bytes) == (0, 1)
+
+
+def test_hierarchical_adds_its_levels() -> None:
+    # Inside 2 * 7/8 over 50 GB/s, across 2 * 3/4 over 8 NICs, one after the other.
+    terms = simple(hierarchical(view(32, 4), 2))
+    assert terms.s_per_byte == pytest.approx(1.75 / 50e9 + 1.5 / 80e9)
+    assert terms.latency_s == pytest.approx((10 + 14 + 5 + 6 * 10) * 1e-6)
+    assert terms.scaleout_bytes == pytest.approx(1.5 / 8)
+    assert hierarchical(view(8, 1), 2) == ()
+    assert simple(hierarchical_broadcast(view(32, 4))).s_per_byte == pytest.approx(1 / 50e9 + 1 / 80e9)
+
+
+def test_torus_is_the_vendors_all_reduce_bandwidth() -> None:
+    # Google: a v5e pod of 256 chips all-reduces at 51.2 TB/s, 200 GB/s a chip, and has 1.6 TB/s of bisection.
+    pod = fabric(load_cluster("tpu-v5e-pod", 256), Group(size=256))
+    assert pod.up_bandwidth * 256 == pytest.approx(51.2e12)
+    assert pod.shuffle_bandwidth == pytest.approx(25e9)
+    terms = simple(torus(pod, 2))
+    assert terms.s_per_byte == pytest.approx(2 * 255 / 256 / (200e9 * pod.up.ring.efficiency.si))
+
+
+def test_torus_axes() -> None:
+    wiring = load_cluster("tpu-v5p-pod", 64).scaleup_fabric
+    whole = grid(wiring, (4, 4, 4), 64, 1, 600e9)  # type: ignore[arg-type]
+    assert (whole.ring_bandwidth, whole.hops) == (600e9, 6)
+    # A row of 4 chips is a closed ring of 100 GB/s each way; a column of 4, 16 chips apart, as well.
+    assert grid(wiring, (4, 4, 4), 4, 1, 600e9).ring_bandwidth == 200e9  # type: ignore[arg-type]
+    assert grid(wiring, (4, 4, 4), 4, 16, 600e9).ring_bandwidth == 200e9  # type: ignore[arg-type]
+    # Two neighbours have one link; every other chip of a ring shares the links with one sister group.
+    assert grid(wiring, (4, 4, 4), 2, 1, 600e9).ring_bandwidth == 100e9  # type: ignore[arg-type]
+    assert grid(wiring, (4, 4, 4), 2, 2, 600e9).ring_bandwidth == 100e9  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "block", "expected"),
+    [
+        (8, 1, 8, (1, 8, 8)),
+        (16, 8, 8, (16, 1, 1)),
+        (8, 2, 8, (2, 4, 4)),
+        (9, 1, 8, (2, 8, 1)),
+        (4, 6, 8, (3, 2, 1)),
+        (144, 1, 72, (2, 72, 72)),
+        (3, 100, 72, (3, 1, 1)),
+    ],
+)
+def test_spread(size: int, stride: int, block: int, expected: tuple[int, int, int]) -> None:
+    assert spread(size, stride, block) == Spread(blocks=expected[0], most=expected[1], least=expected[2])
+
+
+def test_members_share_the_nics_of_their_node() -> None:
+    cluster = load_cluster("dgx-h100", 64)
+    rail = fabric(cluster, Group(size=8, stride=8)).cuts[0]
+    assert (rail.blocks, rail.members, rail.bandwidth) == (8, 1, 50e9)
+    pair = fabric(cluster, Group(size=16, stride=4)).cuts[0]
+    assert pair.members * pair.bandwidth == 100e9
+
+
+def test_nvl72_is_one_domain_over_many_nodes() -> None:
+    cluster = load_cluster("gb200-nvl72", 144)
+    assert fabric(cluster, Group(size=72)).out is None
+    two = fabric(cluster, Group(size=144))
+    assert (two.domain.blocks, two.domain.most, two.cuts[0].members) == (2, 72, 8)
+
+
+def test_tapered_tier_is_a_cut() -> None:
+    cluster = load_cluster("meta-grand-teton", 6144)
+    pods, ratio = cluster.taper[-1]
+    assert pods < 6144
+    shuffle = price("all_to_all", 2**30, cluster, Group(size=6144))
+    assert shuffle.bottleneck == f"roce uplinks of {pods} GPUs"
+    assert shuffle.bottleneck_bandwidth == pytest.approx(50e9 / ratio)
+    # A ring crosses the tier once for each pod, so 3072 members have room for it.
+    assert price("all_reduce", 2**30, cluster, Group(size=6144)).bottleneck == "roce"
+
+
+def test_mesh_gives_a_pair_one_of_its_links() -> None:
+    cluster = load_cluster("mi300x-platform", 8)
+    assert fabric(cluster, Group(size=8)).up_bandwidth == 448e9
+    assert fabric(cluster, Group(size=2)).up_bandwidth == pytest.approx(64e9)
+    assert fabric(cluster, Group(size=8)).pair_bandwidth == pytest.approx(64e9)
+
+
+def test_cube_mesh_follows_its_wires() -> None:
+    cluster = load_cluster("dgx-1v", 8)
+    links = [fabric(cluster, Group(size=n)).up_bandwidth / 25e9 for n in (2, 4, 8)]
+    assert links == pytest.approx([1, 4, 6])
+
+
+def test_bad_input() -> None:
+    cluster = load_cluster("dgx-h100", 16)
+    with pytest.raises(InputError, match="reaches rank 23, but cluster dgx-h100 has 16 GPUs"):
+        price("all_reduce", 1e6, cluster, Group(size=24))
+    with pytest.raises(InputError, match="size=0 bytes"):
+        price("all_reduce", 0, cluster, Group(size=8))
+    with pytest.raises(InputError, match="size=-5 bytes"):
+        price("all_reduce", -5, cluster, Group(size=8))
+    with pytest.raises(InputError, match="unknown collective 'allreduce'; did you mean all_reduce"):
+        price("allreduce", 1e6, cluster, Group(size=8))
+    with pytest.raises(InputError, match="unknown algorithm for all_gather 'nvls'"):
+        price("all_gather", 1e6, cluster, Group(size=8), "nvls")
+    with pytest.raises(UnsupportedError, match="nvls cannot run all_reduce on 2 ranks"):
+        price("all_reduce", 1e6, cluster, Group(size=2), "nvls")
+    with pytest.raises(InputError, match="group size=0 must be"):
+        Group(size=0)
+    with pytest.raises(InputError, match="which has no scale-out network"):
+        price("all_reduce", 1e6, replace(cluster, scaleout_link=None), Group(size=16))
+
+
+def test_forced_algorithm_is_used() -> None:
+    cluster = load_cluster("dgx-h100", 16)
+    assert price("all_reduce", 2**33, cluster, Group(size=8)).algorithm == "nvls"
+    assert price("all_reduce", 2**33, cluster, Group(size=8), "ring").algorithm == "ring"
+    assert price("all_reduce", 2**33, cluster, Group(size=16), "hierarchical").algorithm == "hierarchical"

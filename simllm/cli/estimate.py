@@ -10,9 +10,12 @@ from simllm.cli.options import (
     ClusterName,
     GlobalBatchSize,
     Gpus,
+    GradientPrecision,
     Headroom,
     Json,
+    MasterWeights,
     ModelName,
+    OptimizerName,
     Output,
     Plot,
     Precision,
@@ -92,6 +95,9 @@ def estimate(
     ] = False,
     stack: StackName = "megatron-core",
     memory_headroom: Headroom = "0.05",
+    optimizer: OptimizerName = "adam",
+    master_weights: MasterWeights = None,
+    gradient_precision: GradientPrecision = None,
     tokens: Tokens = None,
     price: Price = None,
     as_json: Json = False,
@@ -117,7 +123,7 @@ def estimate(
     tensor, pipeline, chunks, context = count(tp, "--tp"), count(pp, "--pp"), count(vpp, "--vpp"), count(cp, "--cp")
     loaded = load_model(model)
     where = load_cluster(cluster, gpus)
-    run = make_training(loaded, seq_len, stack, memory_headroom)
+    run = make_training(loaded, seq_len, stack, memory_headroom, optimizer, master_weights, gradient_precision)
     default_etp = run.expert_tensor_parallel(tensor) if "experts" in loaded.parameters.by_component else 1
     split = Plan(
         tp=tensor,

@@ -7,7 +7,7 @@ number is answered in the same words.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
@@ -24,9 +24,12 @@ __all__ = [
     "ClusterName",
     "GlobalBatchSize",
     "Gpus",
+    "GradientPrecision",
     "Headroom",
     "Json",
+    "MasterWeights",
     "ModelName",
+    "OptimizerName",
     "Output",
     "Plot",
     "Precision",
@@ -89,6 +92,26 @@ Headroom = Annotated[
     str,
     typer.Option(
         "--memory-headroom", metavar="F", help="Fraction of the device memory to leave free for fragmentation."
+    ),
+]
+OptimizerName = Annotated[
+    str,
+    typer.Option("--optimizer", metavar="NAME", help="adam, sgd, sgd-momentum, adafactor, adam-8bit or muon."),
+]
+MasterWeights = Annotated[
+    bool | None,
+    typer.Option(
+        "--master-weights/--no-master-weights",
+        help="Keep float32 parameters, or all states in 16 bits. Default: what the stack does.",
+        show_default=False,
+    ),
+]
+GradientPrecision = Annotated[
+    str | None,
+    typer.Option(
+        "--gradient-precision",
+        metavar="NAME",
+        help="fp32 or bf16, of accumulated gradients. Default: what the stack does.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document with SI units.")]
@@ -156,12 +179,23 @@ def load_cluster(name: str, gpus: str) -> Cluster:
     return load_cluster(name, count(gpus, "--gpus"))
 
 
-def make_training(model: Model, seq_len: str | None, stack: str, headroom: str) -> Training:
-    """The run described by --seq-len, --stack and --memory-headroom."""
+def make_training(
+    model: Model,
+    seq_len: str | None,
+    stack: str,
+    headroom: str,
+    optimizer: str,
+    master_weights: bool | None,
+    gradient_precision: str | None,
+) -> Training:
+    """The run described by the options that say nothing of the plan."""
     from simllm.training import Training
 
     return Training(
         seq_len=sequence_length(seq_len, model),
         stack=stack,
         memory_headroom=fraction(headroom, "--memory-headroom"),
+        optimizer=optimizer,
+        master_weights=master_weights,
+        gradient_precision=cast("Literal['fp32', 'bf16'] | None", gradient_precision),
     )

@@ -10,9 +10,12 @@ from simllm.cli.options import (
     ClusterName,
     GlobalBatchSize,
     Gpus,
+    GradientPrecision,
     Headroom,
     Json,
+    MasterWeights,
     ModelName,
+    OptimizerName,
     Output,
     Precision,
     Price,
@@ -50,6 +53,9 @@ def plan(
     precision: Precision = "bf16",
     stack: StackName = "megatron-core",
     memory_headroom: Headroom = "0.05",
+    optimizer: OptimizerName = "adam",
+    master_weights: MasterWeights = None,
+    gradient_precision: GradientPrecision = None,
     price: Price = None,
     as_json: Json = False,
     output: Output = None,
@@ -71,7 +77,7 @@ def plan(
     run_tokens, usd = optional_tokens(tokens), optional_price(price)
     loaded = load_model(model)
     where = load_cluster(cluster, gpus)
-    run = make_training(loaded, seq_len, stack, memory_headroom)
+    run = make_training(loaded, seq_len, stack, memory_headroom, optimizer, master_weights, gradient_precision)
     with progress("plans priced") as tick:
         search = planner.plan(
             loaded,

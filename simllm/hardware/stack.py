@@ -83,7 +83,7 @@ class Overlap(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class States(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Bytes kept per parameter for mixed-precision Adam, before sharding.
+    """Bytes kept per parameter in mixed precision, before sharding; the optimizer's moments come on top.
 
     Attributes
     ----------
@@ -91,8 +91,8 @@ class States(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         The copy the layers are stored in.
     gradient : BytesPer
         The buffer that gradients accumulate in.
-    optimizer : BytesPer
-        Master parameters and moments; sharded from ZeRO stage 1 on.
+    master : BytesPer
+        What the optimizer updates besides its moments: a float32 copy of the parameters; sharded from ZeRO stage 1 on.
     gathered_parameter : BytesPer
         The copy that layers compute with under full sharding, while they are gathered.
     gradient_on_wire : BytesPer
@@ -101,7 +101,7 @@ class States(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     parameter: BytesPer
     gradient: BytesPer
-    optimizer: BytesPer
+    master: BytesPer
     gathered_parameter: BytesPer
     gradient_on_wire: BytesPer
 
@@ -116,8 +116,6 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         ``host_backward_ratio`` times as long.
     loss_traffic, logits_saved : BytesPer
         Bytes moved (forward and backward) and kept per logit.
-    optimizer_traffic : BytesPer
-        Bytes moved per parameter by the optimizer step with gradient clipping.
     moe_permute_traffic : Factor
         Bytes moved to permute tokens to experts and back, relative to one read and one write.
     context : Bytes
@@ -128,7 +126,6 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     host_backward_ratio: Factor
     loss_traffic: BytesPer
     logits_saved: BytesPer
-    optimizer_traffic: BytesPer
     moe_permute_traffic: Factor
     context: Bytes
 
@@ -171,8 +168,8 @@ def list_stacks() -> tuple[str, ...]:
 def load_stack(name: str) -> Stack:
     """A software stack by its name.
 
-    >>> load_stack("megatron-core").states.optimizer.si
-    12.0
+    >>> load_stack("megatron-core").states.master.si
+    4.0
     """
     return load_profile_file(find_profile("stacks", name, "software stack"), Stack)
 

@@ -110,10 +110,16 @@ class Implementation:
     attention : {"flash", "unfused"}
         ``unfused`` stores the scores (Korthikanti 2022, arXiv:2205.05198, section 4.1); ``flash`` stores q, k, v,
         the output and one float32 log-sum-exp per query and head (Dao 2022, arXiv:2205.14135).
+    softmax : {"activation", "float32"}
+        Of ``unfused`` attention: ``activation`` keeps the softmax in the compute precision (a fused scale-mask-softmax
+        kernel); ``float32`` computes and keeps it in float32 beside the copy that the values are weighted with
+        (transformers' and Meta's Llama, Megatron's ``attention_softmax_in_fp32`` without the fused kernel).
     activation : {"fused", "eager"}
-        ``fused``: a gated activation is one kernel that keeps only its two inputs.
+        ``fused``: a gated activation is one kernel that keeps only its two inputs, and every other one keeps one
+        tensor. ``eager``: the chain of PyTorch operators that transformers writes.
     norm : {"fused", "eager"}
-        ``eager``: RMSNorm as separate float32 operators.
+        ``eager``: RMSNorm as separate float32 operators; they keep the input in float32 and the result before the
+        weight.
     rope : {"fused", "eager"}
     dropout_add : {"fused", "eager"}
     activation_bytes : int
@@ -125,6 +131,7 @@ class Implementation:
     """
 
     attention: Literal["flash", "unfused"] = "flash"
+    softmax: Literal["activation", "float32"] = "activation"
     activation: Literal["fused", "eager"] = "fused"
     norm: Literal["fused", "eager"] = "fused"
     rope: Literal["fused", "eager"] = "fused"

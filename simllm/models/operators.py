@@ -34,9 +34,25 @@ __all__ = [
 # mean (4), scale (4+4), back (4+2), weight (2+2); its backward reads and writes about as many tensors twice.
 _EAGER_RMSNORM_FORWARD = 36
 _EAGER_RMSNORM_BACKWARD = 60
+# What pointwise functions keep for their backward pass (PyTorch, derivatives.yaml): most their input, these their
+# result, which is often kept by the next operator anyway.
+_KEEPS_RESULT = frozenset({"relu", "sigmoid", "tanh"})
+# Functions that Hugging Face writes as a chain of single operators: tensors the chain keeps beside the input. gelu_new
+# is 0.5 x (1 + tanh(c (x + 0.044715 x^3))), of which 0.5 x, the tanh, and one plus it are kept.
+_EAGER_CHAIN = {"gelu_new": 3, "gelu_fast": 6, "quick_gelu": 1}
 # Rotary embedding as single operators on a tensor: negate and concatenate the halves (2+2 and 2+2), two products
 # (2+2 each, the tables are small), one sum (4+2).
 _EAGER_ROPE = 22
+
+
+def _kept_by_function(
+    function: str, x: Tensor, result: Tensor, impl: Implementation, operator: str
+) -> tuple[Tensor, ...]:
+    """What a pointwise function keeps, of its input and its result."""
+    if function in _KEEPS_RESULT:
+        return (result,)
+    chain = _EAGER_CHAIN.get(function, 0) if impl.activation == "eager" else 0
+    return (x, *(Tensor(f"{operator}.{function}_{step}", x.axes) for step in range(chain)))
 
 
 def _bytes(layout: Layout, impl: Implementation, *tensors: Tensor) -> float:
@@ -178,10 +194,15 @@ class Attention(Operator):
             v = Tensor(f"{v.name}.repeated", context.axes)
         scores = (q.axes[0], _per_head(q, self.head_dim), Axis(self.key_axis))  # type: ignore[arg-type]
         softmax = Tensor(f"{self.name}.softmax", scores)
+        kept: tuple[Tensor, ...] = (q, k, v)
+        if impl.softmax == "float32" and impl.activation_bytes < 4:
+            kept += (Tensor(f"{self.name}.softmax_float32", scores, "float32"),)
+        elif self.dropout:
+            kept += (softmax,)
         if not self.dropout:
-            return (q, k, v, softmax)
+            return (*kept, softmax)
         dropped = Tensor(f"{self.name}.softmax_dropped", scores)
-        return (q, k, v, softmax, dropped, Tensor(f"{self.name}.dropout_mask", scores, "mask"))
+        return (*kept, dropped, Tensor(f"{self.name}.dropout_mask", scores, "mask"))
 
     def cached(self) -> tuple[Tensor, ...]:
         return self.cache
@@ -194,9 +215,19 @@ def _per_head(q: Tensor, head_dim: int) -> Axis:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Norm(Operator):
-    """LayerNorm or RMSNorm: keeps its input and one or two float32 statistics per row."""
+    """LayerNorm or RMSNorm: keeps its input and one or two float32 statistics per row.
+
+    A weight shorter than the row normalises each piece of the row by itself (one head of the queries).
+    """
 
     kind: str = "layernorm"
+
+    def _rows(self) -> tuple[Axis, ...]:
+        *rows, last = self.inputs[0].axes
+        width = self.weights[0].axes[0].size if self.weights else last.size
+        if width == last.size:
+            return tuple(rows)
+        return (*rows, Axis(last.name, last.size // width, last.units))
 
     def _eager(self, impl: Implementation) -> bool:
         # PyTorch's LayerNorm is one kernel in every stack.
@@ -214,18 +245,16 @@ class Norm(Operator):
         return (Stream(_bytes(layout, impl, self.inputs[0], self.inputs[0], self.outputs[0])),)
 
     def saved(self, impl: Implementation) -> tuple[Tensor, ...]:
-        x = self.inputs[0]
-        rows = x.axes[:-1]
+        x, rows = self.inputs[0], self._rows()
+        rstd = Tensor(f"{self.name}.rstd", rows, "float32")
         if self._eager(impl):
-            return (
-                Tensor(f"{self.name}.float32", x.axes, "float32"),
-                Tensor(f"{self.name}.normed", x.axes),
-                Tensor(f"{self.name}.rstd", rows, "float32"),
-            )
-        statistics = [Tensor(f"{self.name}.rstd", rows, "float32")]
+            # The copy in float32 is the input itself where activations are float32.
+            wide = x if impl.activation_bytes == 4 else Tensor(f"{self.name}.float32", x.axes, "float32")
+            normed = (Tensor(f"{self.name}.normed", x.axes),) if self.weights else ()
+            return (wide, rstd, *normed)
         if self.kind == "layernorm":
-            statistics.append(Tensor(f"{self.name}.mean", rows, "float32"))
-        return (x, *statistics)
+            return (x, rstd, Tensor(f"{self.name}.mean", rows, "float32"))
+        return (x, rstd)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -243,7 +272,7 @@ class Rope(Operator):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Activation(Operator):
-    """A pointwise non-linearity: keeps its input."""
+    """A pointwise non-linearity: keeps its input, or its result where that is enough (ReLU)."""
 
     function: str = "gelu"
 
@@ -254,12 +283,12 @@ class Activation(Operator):
         return (Stream(_bytes(layout, impl, self.inputs[0], self.outputs[0], self.inputs[0])),)
 
     def saved(self, impl: Implementation) -> tuple[Tensor, ...]:
-        return self.inputs
+        return _kept_by_function(self.function, self.inputs[0], self.outputs[0], impl, self.name)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GatedActivation(Operator):
-    """``f(gate) * up``: fused it keeps gate and up; as two operators also ``f(gate)``."""
+    """``f(gate) * up``: fused it keeps gate and up; as two operators ``f(gate)``, up, and what ``f`` keeps."""
 
     function: str = "silu"
 
@@ -274,7 +303,9 @@ class GatedActivation(Operator):
     def saved(self, impl: Implementation) -> tuple[Tensor, ...]:
         if impl.activation == "fused":
             return self.inputs
-        return (*self.inputs, Tensor(f"{self.name}.{self.function}", self.inputs[0].axes))
+        gate, up = self.inputs
+        result = Tensor(f"{self.name}.{self.function}", gate.axes)
+        return (*_kept_by_function(self.function, gate, result, impl, self.name), result, up)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -345,7 +376,13 @@ class Embedding(Operator):
         return (Stream(3 * _bytes(layout, impl, self.outputs[0]) * rows, rows),)
 
     def saved(self, impl: Implementation) -> tuple[Tensor, ...]:
-        return self.inputs
+        if self.inputs:
+            return self.inputs
+        # A relative bias has no ids: it keeps the bucket of every query and key. Flash attention needs the bias itself
+        # again, once for all layers; unfused attention only adds it to the scores.
+        bias = self.outputs[0]
+        buckets = Tensor(f"{self.name}.buckets", bias.axes[1:], "index")
+        return (bias, buckets) if impl.attention == "flash" else (buckets,)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -359,14 +396,15 @@ class Loss(Operator):
         return self.forward(layout, impl)
 
     def saved(self, impl: Implementation) -> tuple[Tensor, ...]:
-        return self.inputs
+        logits = self.inputs[0]
+        return (logits, Tensor(f"{self.name}.labels", logits.axes[:-1], "index"))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Router(Operator):
     """The product with the router's weight, softmax in float32, and the choice of the best experts.
 
-    Outputs are the logits and the probabilities of the chosen experts.
+    The output are the probabilities of all experts, which the softmax keeps.
     """
 
     num_experts: int
@@ -395,7 +433,10 @@ class Router(Operator):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Dispatch(Operator):
-    """Copies each token to its experts in expert order: a gather, and an all-to-all when experts are spread."""
+    """Copies each token to its experts in expert order: a gather, and an all-to-all when experts are spread.
+
+    It keeps which experts each token goes to, and which token each copied row came from.
+    """
 
     def forward(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
         return (Stream(2 * _bytes(layout, impl, self.outputs[0])),)
@@ -404,12 +445,17 @@ class Dispatch(Operator):
         return self.forward(layout, impl)
 
     def saved(self, impl: Implementation) -> tuple[Tensor, ...]:
-        return (Tensor(f"{self.name}.order", self.outputs[0].axes[:1], "index"),)
+        rows = self.outputs[0].axes[0]
+        chosen = (self.inputs[1].axes[0], Axis("fixed", rows.size))
+        return (Tensor(f"{self.name}.order", (rows,), "index"), Tensor(f"{self.name}.experts", chosen, "index"))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Combine(Operator):
-    """Brings the experts' results back into token order and sums them with the router's weights."""
+    """Brings the experts' results back into token order and sums them with the router's weights.
+
+    It keeps the experts' results and the float32 weight of each of their rows.
+    """
 
     def forward(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
         return (Stream(_bytes(layout, impl, self.inputs[0], self.outputs[0])),)
@@ -419,7 +465,8 @@ class Combine(Operator):
         return (Stream(_bytes(layout, impl, self.outputs[0], routed, routed)),)
 
     def saved(self, impl: Implementation) -> tuple[Tensor, ...]:
-        return self.inputs
+        routed = self.inputs[0]
+        return (routed, Tensor(f"{self.name}.weights", routed.axes[:1], "float32"))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

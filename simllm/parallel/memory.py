@@ -9,14 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from simllm.hardware.stack import Stack
 from simllm.models.activations import Recompute, saved_bytes
 from simllm.models.graph import Graph, Implementation, Layout
 from simllm.parallel.plan import Plan
 from simllm.parallel.schedules import in_flight_chunks
-from simllm.parallel.stages import Stage, block_weights, stage_weights
+from simllm.parallel.stages import Stage, block_weights, stage_moments, stage_weights
+from simllm.parallel.states import StateBytes
 
-__all__ = ["MEMORY_KINDS", "StageMemory", "StateBytes", "shard_degrees", "stage_memory", "state_bytes"]
+__all__ = ["MEMORY_KINDS", "StageMemory", "shard_degrees", "stage_memory"]
 
 MEMORY_KINDS = ("parameters", "gradients", "optimizer", "activations", "working", "gathered", "context")
 
@@ -46,35 +46,6 @@ class StageMemory:
     def peak_bytes(self) -> float:
         """Bytes at the peak: the sum of the kinds."""
         return sum(self.by_kind.values())
-
-
-@dataclass(frozen=True, slots=True)
-class StateBytes:
-    """Bytes per parameter, before sharding: what is stored, accumulated, optimised, gathered and sent."""
-
-    parameter: float
-    gradient: float
-    optimizer: float
-    gathered: float
-    gradient_on_wire: float
-
-
-@lru_cache(maxsize=256)
-def state_bytes(stack: Stack, precision: str) -> StateBytes:
-    """The states a stack keeps per parameter with Adam.
-
-    In float32 there is no second copy: 4 bytes each for parameter and gradient, 8 for the moments.
-    """
-    if precision in ("fp32", "tf32"):
-        return StateBytes(4.0, 4.0, 8.0, 4.0, 4.0)
-    states = stack.states
-    return StateBytes(
-        states.parameter.si,
-        states.gradient.si,
-        states.optimizer.si,
-        states.gathered_parameter.si,
-        states.gradient_on_wire.si,
-    )
 
 
 def shard_degrees(plan: Plan, hsdp_shard: int) -> tuple[int, int]:
@@ -107,7 +78,14 @@ def gradient_workspace(graph: Graph, layout: Layout, impl: Implementation) -> fl
 
 
 def stage_memory(
-    stage: Stage, plan: Plan, layout: Layout, impl: Implementation, stack: Stack, hsdp_shard: int = 1
+    stage: Stage,
+    plan: Plan,
+    layout: Layout,
+    impl: Implementation,
+    states: StateBytes,
+    optimizer: str,
+    context_bytes: float,
+    hsdp_shard: int = 1,
 ) -> StageMemory:
     """Peak memory of one rank of a stage.
 
@@ -118,7 +96,10 @@ def stage_memory(
     layout : Layout
         Of one micro-batch on one rank.
     impl : Implementation
-    stack : Stack
+    states : StateBytes
+    optimizer : str
+    context_bytes : float
+        Device memory outside the framework's allocator.
     hsdp_shard : int
         Ranks of an HSDP group.
 
@@ -126,21 +107,19 @@ def stage_memory(
     -------
     StageMemory
     """
-    states = state_bytes(stack, plan.precision)
-    dense, expert = stage_weights(stage, layout, plan.pp)
-    by_dense, by_expert = shard_degrees(plan, hsdp_shard)
+    weights = stage_weights(stage, layout, plan.pp)
+    moments = stage_moments(stage, layout, plan.pp, optimizer, states.moment_element)
+    degrees = shard_degrees(plan, hsdp_shard)
 
-    def sharded(per_parameter: float) -> float:
-        return per_parameter * (dense / by_dense + expert / by_expert)
-
-    def whole(per_parameter: float) -> float:
-        return per_parameter * (dense + expert)
+    def kept(of: tuple[float, float], per_parameter: float, sharded: bool) -> float:
+        by = degrees if sharded else (1, 1)
+        return per_parameter * (of[0] / by[0] + of[1] / by[1])
 
     full = plan.shards_parameters
     by_kind = {
-        "parameters": (sharded if full else whole)(states.parameter),
-        "gradients": (sharded if full or plan.zero == "2" else whole)(states.gradient),
-        "optimizer": (whole if plan.zero == "0" else sharded)(states.optimizer),
+        "parameters": kept(weights, states.parameter, full),
+        "gradients": kept(weights, states.gradient, full or plan.zero == "2"),
+        "optimizer": kept(weights, states.master, plan.zero != "0") + kept(moments, 1, plan.zero != "0"),
     }
     chunks = in_flight_chunks(plan.schedule, plan.pp, plan.num_micro_batches, stage.rank, plan.vpp)
     in_flight = chunks / plan.vpp
@@ -168,7 +147,7 @@ def stage_memory(
         "activations": activations,
         "working": working,
         "gathered": gathered,
-        "context": stack.costs.context.si,
+        "context": context_bytes,
     }
     return StageMemory(rank=stage.rank, by_kind=by_kind, in_flight=in_flight, moment=moment)
 

@@ -7,8 +7,9 @@ from functools import lru_cache
 
 from simllm.models.graph import Graph, Layout, ModelGraph
 from simllm.parallel.plan import split_layers
+from simllm.parallel.states import block_moments
 
-__all__ = ["Stage", "block_weights", "pipeline_stages", "stage_weights"]
+__all__ = ["Stage", "block_weights", "pipeline_stages", "stage_moments", "stage_weights"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -79,6 +80,20 @@ def block_weights(graph: Graph, layout: Layout, keep_tied: bool = False) -> tupl
             expert += layout.weight_elements(weight)
         else:
             dense += layout.weight_elements(weight)
+    return dense, expert
+
+
+def stage_moments(stage: Stage, layout: Layout, pp: int, optimizer: str, element: int) -> tuple[float, float]:
+    """Bytes of optimizer moments of dense and expert weights on one rank of a stage."""
+    dense = expert = 0.0
+    for graph, times in stage.layers:
+        own_dense, own_expert = block_moments(graph, layout, optimizer, element)
+        dense += own_dense * times
+        expert += own_expert * times
+    for graph in stage.extras:
+        own_dense, own_expert = block_moments(graph, layout, optimizer, element, pp > 1 and not stage.first)
+        dense += own_dense
+        expert += own_expert
     return dense, expert
 
 

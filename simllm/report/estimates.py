@@ -81,6 +81,7 @@ def estimate_report(answer: Estimate, run: Budget | None = None) -> list[Rendera
         rows["run"] = budget_line(run)
     rows["limited by"] = limits(answer)
     parts: list[RenderableType] = [question(answer), Text(), facts(rows), Text(), breakdown(answer)]
+    parts += [Text(), _states(answer)]
     if len(answer.stages) > 1:
         parts += [Text(), _stages(answer)]
     if answer.communication:
@@ -153,6 +154,13 @@ def _bar(share: float, width: int = 8) -> str:
     """
     eighths = round(share * width * 8)
     return "█" * (eighths // 8) + ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")[eighths % 8]
+
+
+def _states(answer: Estimate) -> Table:
+    """Every multiplier of the parameters, with its reason."""
+    rows = [(term.what, f"{term.bytes_per_parameter:.4g}", term.why) for term in answer.state_terms]
+    columns = ("kept per parameter, unsharded", "bytes", "because")
+    return table(columns, rows, left=(columns[0], columns[2]), wrap=(columns[2],))
 
 
 def _stages(answer: Estimate) -> Table:

@@ -12,6 +12,8 @@ from simllm.kernels.profile import load_form
 from simllm.models import Model
 from simllm.parallel.memory import StageMemory
 from simllm.parallel.plan import Plan, check_plan
+from simllm.parallel.stages import stage_weights
+from simllm.parallel.states import StateTerm, optimizer_named, state_terms
 from simllm.training.run import Training
 from simllm.training.step import Step, StepTime
 from simllm.training.traffic import GroupTraffic, communication
@@ -132,6 +134,14 @@ class Estimate:
         """What each group exchanges in a step on the busiest rank."""
         return communication(self._step, self.time.busiest_stage)
 
+    @cached_property
+    def state_terms(self) -> tuple[StateTerm, ...]:
+        """What is kept per parameter before sharding, and why."""
+        step, stage = self._step, self._step.stages[self.peak_stage.rank]
+        weights = sum(stage_weights(stage, step.layout, self.plan.pp))
+        optimizer = optimizer_named(self.training.optimizer)
+        return state_terms(self.training.software, step.states, optimizer, sum(step.moments(stage)) / weights)
+
     def training_time_s(self, tokens: float) -> float:
         """Seconds to train on so many tokens without interruption."""
         return tokens / self.tokens_per_step * self.step_time_s
@@ -160,6 +170,7 @@ class Estimate:
                 "capacity_bytes": self.cluster.accelerator.memory_bytes,
                 "usable_bytes": self.usable_memory_bytes,
                 "by_kind": dict(peak.by_kind),
+                "states": [asdict(term) for term in self.state_terms],
                 "per_stage": [
                     {
                         "stage": stage.rank,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
-from simllm.errors import InputError
+from simllm.errors import InputError, unknown_name
 from simllm.hardware.stack import Stack, load_stack
+from simllm.parallel.states import StateBytes, optimizer_named, state_bytes
 
 __all__ = ["Training"]
 
@@ -25,6 +27,12 @@ class Training:
         Software stack: a name in hardware_profiles/stacks, or a stack of one's own.
     memory_headroom : float
         Fraction of the device memory that must stay free for fragmentation; a plan that needs it does not fit.
+    optimizer : str
+        adam, sgd, sgd-momentum, adafactor, adam-8bit or muon.
+    master_weights : bool, optional
+        False: no float32 copy, all states in 16 bits. None: as the software does.
+    gradient_precision : {"fp32", "bf16"}, optional
+        Of accumulated gradients; None: as the software does.
 
     Examples
     --------
@@ -36,6 +44,9 @@ class Training:
     source_len: int = 0
     stack: str | Stack = "megatron-core"
     memory_headroom: float = 0.05
+    optimizer: str = "adam"
+    master_weights: bool | None = None
+    gradient_precision: Literal["fp32", "bf16"] | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("seq_len", 1), ("source_len", 0)):
@@ -46,11 +57,19 @@ class Training:
             raise InputError(f"memory_headroom={self.memory_headroom} must be at least 0 and below 1")
         if isinstance(self.stack, str):
             load_stack(self.stack)
+        optimizer_named(self.optimizer)
+        if self.gradient_precision not in (None, "fp32", "bf16"):
+            raise unknown_name("gradient precision", str(self.gradient_precision), ("fp32", "bf16"))
 
     @property
     def software(self) -> Stack:
         """The software stack."""
         return load_stack(self.stack) if isinstance(self.stack, str) else self.stack
+
+    def states(self, precision: str) -> StateBytes:
+        """Bytes kept per parameter with matrix products of a precision, the optimizer's moments apart."""
+        width = {None: None, "fp32": 4, "bf16": 2}[self.gradient_precision]
+        return state_bytes(self.software, precision, self.master_weights, width)
 
     def expert_tensor_parallel(self, tp: int) -> int:
         """Tensor parallelism inside an expert that goes with a degree of tensor parallelism in this stack."""

@@ -13,11 +13,12 @@ from simllm.models.activations import recomputed_operators
 from simllm.models.counts import count_flops, operator_flops
 from simllm.models.graph import Graph, Layout, ModelGraph
 from simllm.network import Group, price
-from simllm.parallel.memory import StageMemory, StateBytes, shard_degrees, stage_memory, state_bytes
+from simllm.parallel.memory import StageMemory, shard_degrees, stage_memory
 from simllm.parallel.placement import group_of
 from simllm.parallel.plan import Plan
 from simllm.parallel.schedules import pipeline_time
-from simllm.parallel.stages import Stage, block_weights, pipeline_stages, stage_weights
+from simllm.parallel.stages import Stage, block_weights, pipeline_stages, stage_moments, stage_weights
+from simllm.parallel.states import StateBytes
 from simllm.training.cost import Cost
 from simllm.training.engine import BlockGroups, Engine
 from simllm.training.run import Training
@@ -107,7 +108,7 @@ class Step:
             tp=group_of(plan, "tp"), cp=group_of(plan, "cp"), ep=group_of(plan, "ep"), etp=group_of(plan, "etp")
         )
         self.hsdp_shard = plan.hsdp_shard or gcd(plan.dp * plan.cp, max(1, cluster.gpus_per_domain // plan.tp))
-        self.states: StateBytes = state_bytes(self.stack, plan.precision)
+        self.states: StateBytes = training.states(plan.precision)
         self.stages = pipeline_stages(self.graph, plan.pp, plan.vpp, plan.uneven_layers)
         self._memory: tuple[StageMemory, ...] | None = None
 
@@ -121,7 +122,16 @@ class Step:
 
     def _stage_memory(self) -> tuple[StageMemory, ...]:
         return tuple(
-            stage_memory(stage, self.plan, self.layout, self.engine.impl, self.stack, self.hsdp_shard)
+            stage_memory(
+                stage,
+                self.plan,
+                self.layout,
+                self.engine.impl,
+                self.states,
+                self.training.optimizer,
+                self.stack.costs.context.si,
+                self.hsdp_shard,
+            )
             for stage in self.stages
         )
 
@@ -260,7 +270,7 @@ class Step:
     def _once_per_step(self, stage: Stage, time: StageTime) -> tuple[float, float]:
         """Data-parallel traffic that shows, and the optimizer, on one rank."""
         dense, expert = stage_weights(stage, self.layout, self.plan.pp)
-        return self._data_parallel(dense, expert, time), self._optimizer(dense, expert)
+        return self._data_parallel(dense, expert, time), self._optimizer(stage, dense, expert)
 
     def _data_parallel(self, dense: int, expert: int, time: StageTime) -> float:
         plan, overlap = self.plan, self.stack.overlap
@@ -273,11 +283,18 @@ class Step:
         shown = times * exposed(reduce, time.backward.total, overlap.gradient_exposed.si)
         return shown + exposed(gather, time.forward.total, overlap.parameter_gather_exposed.si)
 
-    def _optimizer(self, dense: int, expert: int) -> float:
-        plan = self.plan
-        by_dense, by_expert = (1, 1) if plan.zero == "0" else shard_degrees(plan, self.hsdp_shard)
+    def _optimizer(self, stage: Stage, dense: int, expert: int) -> float:
+        """The update of a rank's own share: its states are read and written once, its moments too."""
+        by_dense, by_expert = (1, 1) if self.plan.zero == "0" else shard_degrees(self.plan, self.hsdp_shard)
+        moments = self.moments(stage)
         parameters = dense / by_dense + expert / by_expert
-        return self.engine.stream_s(parameters * self.stack.costs.optimizer_traffic.si)
+        read_and_written = 2 * (moments[0] / by_dense + moments[1] / by_expert)
+        return self.engine.stream_s(parameters * self.states.update_traffic + read_and_written)
+
+    def moments(self, stage: Stage) -> tuple[float, float]:
+        """Bytes of optimizer moments of a stage's dense and expert weights, before sharding."""
+        element = self.states.moment_element
+        return stage_moments(stage, self.layout, self.plan.pp, self.training.optimizer, element)
 
     # -- FLOPs ---------------------------------------------------------------------------------------------------
 

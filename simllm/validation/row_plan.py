@@ -43,10 +43,6 @@ _RECOMPUTES_BY_DEFAULT = frozenset({"xla", "automodel"})
 #: the nearest to it in FLOPs and in memory that whole operators allow.
 _SELECTIVE_PER_OPERATOR = ("mixer_norm", "qkv", "q_norm", "k_norm", "rope", "o", "mlp_norm", "act")
 
-#: Frameworks of a stack with experts split otherwise: NeMo leaves Megatron-Core's expert_tensor_parallel_size at its
-#: default, the tensor-parallel size; Megatron-Bridge's recipes set it to 1.
-_TP_EXPERTS = ("nemo (", "nvidia nemo", "nemo 2")
-
 #: Words of a network's description and the link class they mean.
 _NETWORKS = (("roce", "roce"), ("tcpxo", "gpudirect-tcpxo"), ("tcpx", "gpudirect-tcpx"), ("efa", "efa"))
 
@@ -164,7 +160,7 @@ def _experts(row: Row, model: Model, stack: Stack, tp: int, stage_gpus: int) -> 
         row.assume("ep is not stated: 1")
         ep = 1
     etp = 1
-    if tp > 1 and (stack.expert_tensor_parallel == "tp" or row.text("framework").casefold().startswith(_TP_EXPERTS)):
+    if tp > 1 and stack.expert_tensor_parallel == "tp":
         etp = gcd(tp, gcd(moe.expert.intermediate_size, stage_gpus // gcd(stage_gpus, ep)))
         row.assume(f"experts are split over the tensor-parallel ranks like dense layers: etp={etp}")
     return ep, etp

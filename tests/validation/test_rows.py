@@ -184,7 +184,7 @@ class TestStack:
             ("Megatron-LM", {"flash_attention": "1.0"}, "megatron-core"),
             ("Megatron-LM (TE 2.11)", {}, "megatron-core"),
             ("Megatron-DeepSpeed", {}, "megatron-deepspeed"),
-            ("Megatron-Bridge (Megatron-Core)", {}, "nemo"),
+            ("Megatron-Bridge (Megatron-Core)", {}, "megatron-bridge"),
             ("llm-foundry/Composer (PyTorch FSDP)", {}, "fsdp1"),
             ("fms-fsdp (PyTorch FSDP1)", {}, "fsdp1-compiled"),
             ("torchtitan", {"overlap_notes": "FSDP2 prefetch; FSDP+compile"}, "torchtitan"),

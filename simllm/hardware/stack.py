@@ -14,7 +14,7 @@ from simllm.hardware.figures import Bytes, Count, Figure
 from simllm.hardware.profiles import figures_of, find_profile, list_profiles, load_profile_file, register_kind
 from simllm.hardware.profiles import load_profile as _load_profile
 
-__all__ = ["Stack", "list_stacks", "load_stack"]
+__all__ = ["BytesPer", "Fraction", "Overlap", "Stack", "States", "list_stacks", "load_stack"]
 
 
 class Fraction(Figure, frozen=True):

@@ -186,7 +186,7 @@ def _moe(b: Builder, spec: MoESpec, x: Tensor) -> Tensor:
     component = "shared_experts"
     shared = _mlp(b, spec.shared, x, "shared_", component)
     if spec.shared_gate:
-        one = {"shared_gate": ("shared_gate", Axis("fixed", 1))}
+        one = {"shared_gate": ("shared_score", Axis("fixed", 1))}
         (gate,) = b.project("shared_gate", x, one, component, False)
         scaled = (b.stream("shared_scaled"),)
         shared = b.add(GatedActivation, "shared_scale", component, (gate, shared), scaled, function="sigmoid")

@@ -12,7 +12,7 @@ from functools import lru_cache
 import msgspec
 
 from simllm.errors import InputError
-from simllm.hardware.stack import BytesPer, Stack, list_stacks, load_stack
+from simllm.hardware.stack import BytesPer, Fraction, Overlap, Stack, list_stacks, load_stack
 from simllm.validation.table import Row
 
 __all__ = ["base_stack", "check_task", "dropout_of", "run_stack", "state_what_is_not_modelled"]
@@ -94,20 +94,26 @@ def _no_overlap(row: Row, stack: Stack) -> tuple[Stack, str] | None:
     """A run with all overlap switched off."""
     if "non-overlap" not in row.text("overlap_notes").casefold():
         return None
-    overlap = load_stack("megatron-lm").overlap
+    shown = Fraction(value=1, unit="fraction", source="stated for this run: no overlap", basis="derived")
+    overlap = Overlap(**dict.fromkeys(Overlap.__struct_fields__, shown))
     return msgspec.structs.replace(stack, overlap=overlap), "the settings exclude overlap: all communication shows"
 
 
 def _tensor_parallel_overlap(row: Row, stack: Stack) -> tuple[Stack, str] | None:
     """Tensor-parallel communication overlapped or not, as the settings say."""
     settings = row.text("overlap_notes").casefold()
+    if "non-overlap" in settings:
+        return None
     stated = re.search(r"\b(tp|tensor.parallel) comm(unication)? overlap( off)?|async tp|asynctp", settings)
     overlapped, exposed = load_stack("nemo"), load_stack("megatron-core")
     now = stack.overlap.tensor_parallel_exposed.si
     if stated and not (stated.group(3) or ""):
         share, what = overlapped.overlap.tensor_parallel_exposed, "tensor-parallel communication is overlapped"
     elif stated or (settings and now < 1 and "overlap" in settings):
-        share, what = exposed.overlap.tensor_parallel_exposed, "tensor-parallel communication is not overlapped"
+        share, what = (
+            exposed.overlap.tensor_parallel_exposed,
+            "tensor-parallel communication is overlapped in the backward pass only",
+        )
     else:
         return None
     if share.si == now:

@@ -280,7 +280,7 @@ class MLP(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """Top-k routing; rows are sorted by expert, multiplied in groups, weighted, and added back (as transformers does).
+    """Top-k routing: rows are sorted by expert, multiplied in groups, sorted back, and summed with their weights.
 
     ``renormalise``: the chosen weights are divided by their sum (Mixtral).
     """
@@ -315,8 +315,10 @@ class MixtureOfExperts(nn.Module):
             inner = _activate(function, impl, up)
         else:
             inner = _activate(function, impl, F.grouped_mm(rows, self.gate, offs=ends), up)
-        result = F.grouped_mm(inner, self.down, offs=ends) * weights.flatten()[order, None]
-        combined = torch.zeros_like(flat).index_add(0, token, result.to(x.dtype)).view_as(x)
+        inverse = torch.empty_like(order)
+        inverse[order] = torch.arange(len(order))
+        result = F.grouped_mm(inner, self.down, offs=ends).index_select(0, inverse).unflatten(0, (-1, k))
+        combined = (result * weights[..., None]).sum(1).to(x.dtype).view_as(x)
         if self.shared is None:
             return combined
         shared = self.shared(x)
@@ -340,7 +342,8 @@ class Block(nn.Module):
     impl : Implementation
     hidden_dropout, attention_dropout : float
     recompute : str
-        ``none``; ``selective``: `torch.utils.checkpoint` around the explicit attention core; ``full``: around all.
+        Around what `torch.utils.checkpoint` stands: ``none``; ``selective``, the explicit attention core; ``mixer``
+        or ``mlp``, that sub-layer without its norm; ``full``, everything.
     tp : int
         The block holds this share of the heads and of the feed-forward layer.
     sequence_parallel : bool
@@ -407,7 +410,8 @@ class Block(nn.Module):
 
     def _sublayer(self, name: str, x: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
         placement = self.spec.norm_placement
-        h = sublayer(self.norms[name](x) if placement in ("pre", "sandwich") else x)
+        h = self.norms[name](x) if placement in ("pre", "sandwich") else x
+        h = checkpoint(sublayer, h, use_reentrant=False) if self.recompute == name else sublayer(h)
         if placement in ("sandwich", "output"):
             h = self.post_norms[name](h)
         x = self._add(x, h)

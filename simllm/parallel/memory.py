@@ -77,6 +77,36 @@ def gradient_workspace(graph: Graph, layout: Layout, impl: Implementation) -> fl
     )
 
 
+@dataclass(frozen=True, slots=True)
+class StageActivations:
+    """Bytes that one micro-batch keeps on a rank, those of the head apart, and what is at work at the peak."""
+
+    per_micro_batch: float
+    head: float
+    working: float
+    moment: str
+
+
+@lru_cache(maxsize=1 << 16)
+def stage_activations(stage: Stage, layout: Layout, impl: Implementation, policy: Recompute) -> StageActivations:
+    """What the blocks of a rank keep from forward to backward for one micro-batch."""
+    kept = sum(times * kept_bytes(graph, layout, impl, policy) for graph, times in stage.layers)
+    head, working, moment = 0.0, 0.0, "backward of the first layer"
+    for graph, _ in stage.layers:
+        again = saved_bytes(graph, layout, impl) - saved_bytes(graph, layout, impl, policy)
+        working = max(working, again + gradient_workspace(graph, layout, impl))
+    for graph in stage.extras:
+        saved = saved_bytes(graph, layout, impl)
+        if not (stage.last and graph is stage.extras[-1]):
+            kept += saved
+            continue
+        head = saved
+        loss = saved + gradient_workspace(graph, layout, impl) - _logits_bytes(graph, layout, impl)
+        if loss > working:
+            working, moment = loss, "loss"
+    return StageActivations(kept, head, working, moment)
+
+
 def stage_memory(
     stage: Stage,
     plan: Plan,
@@ -123,33 +153,16 @@ def stage_memory(
     }
     chunks = in_flight_chunks(plan.schedule, plan.pp, plan.num_micro_batches, stage.rank, plan.vpp)
     in_flight = chunks / plan.vpp
-    policy = plan.recompute
-    activations = sum(times * kept_bytes(graph, layout, impl, policy) for graph, times in stage.layers) * in_flight
-    working, moment = 0.0, "backward of the first layer"
-    for graph, _ in stage.layers:
-        again = saved_bytes(graph, layout, impl) - saved_bytes(graph, layout, impl, policy)
-        working = max(working, again + gradient_workspace(graph, layout, impl))
-    gathered = 0.0
-    for graph in stage.extras:
-        head = stage.last and graph is stage.extras[-1]
-        saved = saved_bytes(graph, layout, impl)
-        if not head:
-            activations += saved * in_flight
-            continue
-        if plan.schedule == "gpipe":
-            activations += saved * (chunks - 1)
-        loss = saved + gradient_workspace(graph, layout, impl) - _logits_bytes(graph, layout, impl)
-        if loss > working:
-            working, moment = loss, "loss"
-    if full:
-        gathered = _gathered_bytes(stage, layout, states)
+    use = stage_activations(stage, layout, impl, plan.recompute)
+    # The head keeps its tensors for one micro-batch at a time, except where all forwards come first.
+    heads = chunks - 1 if plan.schedule == "gpipe" else 0
     by_kind |= {
-        "activations": activations,
-        "working": working,
-        "gathered": gathered,
+        "activations": use.per_micro_batch * in_flight + use.head * heads,
+        "working": use.working,
+        "gathered": _gathered_bytes(stage, layout, states) if full else 0.0,
         "context": context_bytes,
     }
-    return StageMemory(rank=stage.rank, by_kind=by_kind, in_flight=in_flight, moment=moment)
+    return StageMemory(rank=stage.rank, by_kind=by_kind, in_flight=in_flight, moment=use.moment)
 
 
 def _logits_bytes(graph: Graph, layout: Layout, impl: Implementation) -> float:

@@ -83,6 +83,7 @@ def block_weights(graph: Graph, layout: Layout, keep_tied: bool = False) -> tupl
     return dense, expert
 
 
+@lru_cache(maxsize=1 << 16)
 def stage_moments(stage: Stage, layout: Layout, pp: int, optimizer: str, element: int) -> tuple[float, float]:
     """Bytes of optimizer moments of dense and expert weights on one rank of a stage."""
     dense = expert = 0.0
@@ -97,6 +98,7 @@ def stage_moments(stage: Stage, layout: Layout, pp: int, optimizer: str, element
     return dense, expert
 
 
+@lru_cache(maxsize=1 << 16)
 def stage_weights(stage: Stage, layout: Layout, pp: int) -> tuple[int, int]:
     """Dense and expert parameters on one rank of a stage.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from simllm.errors import InputError, unknown_name
@@ -61,7 +62,7 @@ class Training:
         if self.gradient_precision not in (None, "fp32", "bf16"):
             raise unknown_name("gradient precision", str(self.gradient_precision), ("fp32", "bf16"))
 
-    @property
+    @cached_property
     def software(self) -> Stack:
         """The software stack."""
         return load_stack(self.stack) if isinstance(self.stack, str) else self.stack

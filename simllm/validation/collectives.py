@@ -7,6 +7,7 @@ by a rule and listed; what cannot be priced is unsupported, with the reason. No 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -346,16 +347,13 @@ def _result(number: int, row: Row, cluster: str | None) -> CollectiveResult:
 def _stated(row: Row) -> dict[str, Any]:
     """Numbers of a row that can be read, for rows that are not priced too."""
     found: dict[str, Any] = {}
-    for name, cell, scale in (
-        ("ranks", "n_gpus", 1),
-        ("size_bytes", "message_bytes", 1),
-        ("measured_time_s", "time_us", 1e-6),
+    for name, read in (
+        ("ranks", lambda: row.integer("n_gpus")),
+        ("size_bytes", lambda: row.number("message_bytes")),
+        ("measured_time_s", lambda: time_us * 1e-6 if (time_us := row.number("time_us")) else None),
     ):
-        try:
-            value = row.integer(cell) if name == "ranks" else row.number(cell)
-        except InputError:
-            continue
-        found[name] = value if value is None or scale == 1 else value * scale
+        with suppress(InputError):
+            found[name] = read()
     if found.get("size_bytes"):
         found["regime"] = regime(found["size_bytes"])
     return found

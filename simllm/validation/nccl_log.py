@@ -132,9 +132,9 @@ def parse_log(text: str, name: str = "log") -> list[LogRun]:
     >>> run, = parse_log('''# nThread 1 nGpus 2 minBytes 8 maxBytes 16 step: 2(factor) warmup iters: 5 iters: 20
     ... #  Rank  0 Group  0 Pid  101 on  node1 device  0 [0x1a] NVIDIA H100 80GB HBM3
     ... #  Rank  1 Group  0 Pid  101 on  node1 device  1 [0x1b] NVIDIA H100 80GB HBM3
-    ... #       size         count      type   redop    root     time   algbw   busbw #wrong     time   algbw   busbw #wrong
-    ...            8             2     float     sum      -1     9.51    0.00    0.00      0     9.40    0.00    0.00      0
-    ...     16777216       4194304     float     sum      -1    96.62  173.64  173.64      0    95.01  176.58  176.58      0
+    ... #     size    count  type  redop  root   time  algbw   busbw #wrong   time  algbw   busbw #wrong
+    ...          8        2 float    sum    -1   9.51   0.00    0.00      0   9.40   0.00    0.00      0
+    ...   16777216  4194304 float    sum    -1  96.62 173.64  173.64      0  95.01 176.58  176.58      0
     ... ''')
     >>> run.collective, run.ranks, run.nodes, run.gpu, [size for _, size, _ in run.points]
     ('all_reduce', 2, 1, 'NVIDIA H100 80GB HBM3', [8.0, 16777216.0])

@@ -139,7 +139,7 @@ def place(
     gpu: str,
     nodes: int | None,
     ranks: int | None,
-    stated: _Machine = _Machine(),  # noqa: B008 - frozen
+    stated: _Machine = _Machine(),
     cluster: str | None = None,
 ) -> Placed:
     """The machine that the words of a table mean, and the ranks on it.

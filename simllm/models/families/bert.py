@@ -6,7 +6,6 @@ from simllm.models.families.fields import (
     Table,
     Values,
     count,
-    flag,
     layers,
     probability,
     size,
@@ -29,7 +28,6 @@ _BERT: Table = {
     "hidden_act": text("hidden_act", default="gelu"),
     "hidden_dropout": probability("hidden_dropout_prob", default=0.1),
     "attention_dropout": probability("attention_probs_dropout_prob", default=0.1),
-    "tie_word_embeddings": flag("tie_word_embeddings", default=True),
 }
 
 #: RoBERTa's table starts after the padding index, which takes the first rows.
@@ -57,7 +55,7 @@ def _encoder(v: Values, unused_positions: int) -> ModelSpec:
             type_vocab_size=v.integer("type_vocab_size"),
             embedding_norm=LAYER_NORM,
         ),
-        head=HeadSpec(tied=v.flag("tie_word_embeddings"), bias=True, transform=LAYER_NORM),
+        head=HeadSpec(tied=True, bias=True, transform=LAYER_NORM),
         context_length=max(1, positions - unused_positions),
         hidden_dropout=v.number("hidden_dropout"),
         attention_dropout=v.number("attention_dropout"),
@@ -77,6 +75,8 @@ _FIXED = {
     "is_decoder": (False,),
     "add_cross_attention": (False,),
     "position_embedding_type": ("absolute",),
+    # Untied, transformers' class keeps a second bias of the vocabulary that nothing reads.
+    "tie_word_embeddings": (True,),
 }
 
 FAMILIES = (

@@ -1,8 +1,8 @@
-"""Fine-grained experts behind dense first layers: DeepSeek-V2/V3, Kimi-K2 (latent attention), GLM-4.5 (GQA)."""
+"""Fine-grained experts behind dense first layers: DeepSeek-MoE/V2/V3, Kimi-K2, GLM-4.5, dots.llm1."""
 
 from __future__ import annotations
 
-from simllm.models.families.fields import Table, Values, context, count, experts, flag, size
+from simllm.models.families.fields import Table, Values, context, count, experts, flag, size, texts
 from simllm.models.families.parts import (
     DECODER,
     RMS_NORM,
@@ -12,6 +12,7 @@ from simllm.models.families.parts import (
     gated_mlp,
     mixture,
     stack_of,
+    windows,
 )
 from simllm.models.spec import AttentionSpec, BlockSpec, LatentSpec, MLPSpec, ModelSpec, MoESpec
 
@@ -31,12 +32,16 @@ _DEEPSEEK_V2: Table = _FINE_GRAINED | {
     "max_position_embeddings": context("max_position_embeddings", default=2048),
     "kv_lora_rank": size("kv_lora_rank", default=512),
     "q_lora_rank": size("q_lora_rank", default=1536, optional=True),
+    "n_shared_experts": count("n_shared_experts", default=2, optional=True),
+    "mlp_bias": flag("mlp_bias", default=False),
     "qk_nope_head_dim": size("qk_nope_head_dim", default=128),
     "qk_rope_head_dim": size("qk_rope_head_dim", default=64),
     "v_head_dim": size("v_head_dim", default=128),
 }
 
-_DEEPSEEK_V3: Table = _DEEPSEEK_V2 | {
+_LATENT: Table = {name: field for name, field in _DEEPSEEK_V2.items() if name != "mlp_bias"}
+
+_DEEPSEEK_V3: Table = _LATENT | {
     "max_position_embeddings": context("max_position_embeddings", default=4096),
     "moe_intermediate_size": size("moe_intermediate_size", default=2048),
     "num_experts": experts("n_routed_experts", "num_local_experts", "num_experts", default=256),
@@ -67,11 +72,12 @@ def _latent(v: Values) -> AttentionSpec:
 def _fine_grained(v: Values, mixer: AttentionSpec) -> ModelSpec:
     first, every = v.integer("first_k_dense_replace"), v.integer("moe_layer_freq")
     width, shared = v.integer("moe_intermediate_size"), v.maybe("n_shared_experts") or 0
+    bias = v.flag("mlp_bias")
 
     def block(sparse: bool) -> BlockSpec:
-        mlp: MLPSpec | MoESpec = gated_mlp(v)
+        mlp: MLPSpec | MoESpec = gated_mlp(v, bias=bias)
         if sparse:
-            common = gated_mlp(v, intermediate_size=shared * width) if shared else None
+            common = gated_mlp(v, bias=bias, intermediate_size=shared * width) if shared else None
             mlp = mixture(v, gated_mlp(v, intermediate_size=width), shared=common)
         return BlockSpec(mixer=mixer, mlp=mlp, norm=RMS_NORM)
 
@@ -101,7 +107,47 @@ def _glm4_moe(v: Values) -> ModelSpec:
     return _fine_grained(v, attention(v, qkv_bias=v.flag("attention_bias"), qk_norm=qk_norm))
 
 
+_DOTS1: Table = _GLM4_MOE | {
+    "num_key_value_heads": size("num_key_value_heads", default=32, optional=True),
+    "max_position_embeddings": context("max_position_embeddings", default=2048),
+    "num_experts": experts("n_routed_experts", "num_local_experts", "num_experts"),
+    "num_experts_per_tok": experts("num_experts_per_tok"),
+    "n_shared_experts": count("n_shared_experts", default=None),
+    "first_k_dense_replace": count("first_k_dense_replace", default=0),
+    "sliding_window": count("sliding_window", default=4096, optional=True),
+    "max_window_layers": count("max_window_layers", default=62),
+    "layer_types": texts("layer_types"),
+}
+
+
+def _dots1(v: Values) -> ModelSpec:
+    first = v.integer("max_window_layers")
+    if any(window is not None for window in windows(v, lambda index: index >= first)):
+        raise v.unsupported("sliding windows of dots.llm1 are not modelled; its published models have none")
+    bias = v.flag("attention_bias")
+    return _fine_grained(v, attention(v, qkv_bias=bias, out_bias=bias, qk_norm=RMS_NORM))
+
+
+#: The first DeepSeek mixture (arXiv:2401.06066), as its remote code names the fields.
+_DEEPSEEK: Table = _FINE_GRAINED | {
+    "num_key_value_heads": size("num_key_value_heads", default=None),
+    "max_position_embeddings": context("max_position_embeddings", default=2048),
+}
+
+
+def _deepseek_moe(v: Values) -> ModelSpec:
+    bias = v.flag("attention_bias")
+    return _fine_grained(v, attention(v, qkv_bias=bias, out_bias=bias))
+
+
 FAMILIES = (
+    Family(
+        title="DeepSeek-MoE",
+        model_types=("deepseek",),
+        table=_DEEPSEEK,
+        build=_deepseek_moe,
+        tokenizer="byte-level BPE (102k)",
+    ),
     Family(
         title="DeepSeek-V2",
         model_types=("deepseek_v2",),
@@ -129,5 +175,8 @@ FAMILIES = (
         table=_GLM4_MOE,
         build=_glm4_moe,
         tokenizer="byte-level BPE (151.5k)",
+    ),
+    Family(
+        title="dots.llm1", model_types=("dots1",), table=_DOTS1, build=_dots1, tokenizer="byte-level BPE (152k)"
     ),
 )

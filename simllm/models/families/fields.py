@@ -282,8 +282,8 @@ class Values:
         return value
 
     def flag(self, meaning: str) -> bool:
-        """A switch."""
-        return bool(self._values[meaning])
+        """A switch; off when the family has no such field."""
+        return bool(self._values.get(meaning))
 
     def number(self, meaning: str) -> float:
         """A probability; 0 when the family has no such field."""

@@ -122,6 +122,9 @@ _SWITCH: Table = _T5 | {
     "num_experts_per_tok": experts("num_selected_experts", default=1),
     "num_sparse_encoder_layers": count("num_sparse_encoder_layers", default=3),
     "num_sparse_decoder_layers": count("num_sparse_decoder_layers", default=3),
+    "num_decoder_layers": layers("num_decoder_layers", default=12, optional=True),
+    "encoder_sparse_step": count("encoder_sparse_step", default=None),
+    "decoder_sparse_step": count("decoder_sparse_step", default=None),
     "router_bias": flag("router_bias", default=False),
 }
 
@@ -131,20 +134,22 @@ def _switch(v: Values) -> ModelSpec:
     dense = MLPSpec(intermediate_size=v.integer("intermediate_size"), activation=activation, gated=gated)
     routed = mixture(v, dense, router_bias=v.flag("router_bias"))
 
-    def blocks(depth: int, sparse_layers: int, decodes: bool) -> tuple[BlockSpec, ...]:
+    def blocks(depth: int, side: str) -> tuple[BlockSpec, ...]:
         # The second of every `step` layers has experts. Zero sparse layers make one step of the whole stack, which
-        # in transformers' class still gives its second layer experts.
-        step = depth // sparse_layers if sparse_layers else depth
-        if step == 0:
+        # in transformers' class still gives its second layer experts; a step of zero means no experts.
+        sparse_layers, step = v.integer(f"num_sparse_{side}_layers"), v.maybe(f"{side}_sparse_step")
+        if sparse_layers > depth:
             raise v.error(f"{sparse_layers} sparse layers are more than the {depth} layers of the stack")
-        keys = (step == 1 or index % step == 1 for index in range(depth))
-        return stack_of(keys, lambda sparse: _block(v, routed if sparse else dense, decodes, 0))
+        if step is None:
+            step = depth // sparse_layers if sparse_layers else depth
+        keys = (step == 1 or (step > 1 and index % step == 1) for index in range(depth))
+        return stack_of(keys, lambda sparse: _block(v, routed if sparse else dense, side == "decoder", 0))
 
     encoder, decoder = _depths(v)
     return _model(
         v,
-        blocks(encoder, v.integer("num_sparse_encoder_layers"), False),
-        blocks(decoder, v.integer("num_sparse_decoder_layers"), True),
+        blocks(encoder, "encoder"),
+        blocks(decoder, "decoder"),
         v.integer("relative_attention_num_buckets"),
     )
 

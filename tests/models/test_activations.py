@@ -93,7 +93,7 @@ def test_encoder_result_is_kept_once() -> None:
     assert "memory" in kept_tensors(graph.bridges[0][1], Implementation())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(deadline=None)
 @given(specs(), st.sampled_from(["flash", "unfused"]), st.sampled_from(["fused", "eager"]))
 def test_more_recomputation_or_sharding_never_keeps_more(spec: ModelSpec, attention: str, fused: str) -> None:
     impl = Implementation(attention=attention, activation=fused, norm=fused)  # type: ignore[arg-type]

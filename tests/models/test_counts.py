@@ -83,7 +83,7 @@ def test_mask_pairs_by_enumeration() -> None:
         attended_pairs("diagonal", 4, 4)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(deadline=None)
 @given(specs())
 def test_parts_add_up(spec: ModelSpec) -> None:
     graph = build_graph(spec)
@@ -96,7 +96,7 @@ def test_parts_add_up(spec: ModelSpec) -> None:
     assert flops.training_masked == 3 * flops.forward_masked
 
 
-@settings(max_examples=40, deadline=None)
+@settings(deadline=None)
 @given(specs())
 def test_ranks_share_the_work(spec: ModelSpec) -> None:
     graph = build_graph(spec)

@@ -54,7 +54,7 @@ def test_in_flight_equals_the_most_that_the_table_holds(schedule: str, pp: int, 
         assert len(set(row)) == len(row) == 2 * m * vpp
 
 
-@settings(max_examples=80, deadline=None)
+@settings(deadline=None)
 @given(
     st.integers(2, 6).flatmap(lambda pp: st.lists(st.floats(0.1, 3.0), min_size=pp, max_size=pp)),
     st.integers(1, 4),
@@ -78,7 +78,7 @@ def test_a_heavy_last_stage_stays_near_the_closed_form() -> None:
     assert 0.96 < total / pipeline_time(stages, 32) <= 1
 
 
-@settings(max_examples=40, deadline=None)
+@settings(deadline=None)
 @given(st.integers(1, 6), st.integers(1, 10), st.floats(0, 1))
 def test_transfers_never_make_it_faster(pp: int, m: int, p2p: float) -> None:
     actions = schedule_actions("1f1b", pp, m)

@@ -120,7 +120,7 @@ def test_more_sharding_never_stores_more(stack: str) -> None:
     assert states["0"] > states["hsdp"] == pytest.approx(8 * states["3"])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(deadline=None)
 @given(specs(), st.sampled_from(["megatron-core", "megatron-lm", "torchtitan-eager"]), st.sampled_from([1, 2]))
 def test_more_recomputation_never_stores_more_nor_runs_faster(spec: ModelSpec, stack: str, pp: int) -> None:
     model = Model(spec)
@@ -137,14 +137,15 @@ def test_more_recomputation_never_stores_more_nor_runs_faster(spec: ModelSpec, s
         )
         for policy in ("none", "selective", "every:2", "full")
     ]
-    activations = [answer.peak_stage.by_kind["activations"] for answer in answers]
-    # "selective" and "every:2" are not comparable with each other.
-    assert activations[3] <= min(activations[1:3]) <= max(activations[1:3]) <= activations[0]
+    for stages in zip(*(answer.stages for answer in answers), strict=True):
+        kept = [stage.by_kind["activations"] for stage in stages]
+        # "selective" and "every:2" are not comparable with each other.
+        assert kept[3] <= min(kept[1:3]) <= max(kept[1:3]) <= kept[0]
     times = [answer.step_time_s for answer in answers]
     assert times[0] <= min(times[1:3]) * (1 + 1e-12) <= max(times[1:3]) * (1 + 2e-12) <= times[3] * (1 + 3e-12)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(deadline=None)
 @given(
     st.sampled_from(["scaleup_bandwidth", "scaleout_bandwidth_per_node", "memory_bandwidth", "peak"]),
     st.floats(1.0, 16.0),

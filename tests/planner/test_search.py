@@ -12,7 +12,7 @@ from simllm.models import Model
 from simllm.models.activations import Recompute
 from simllm.parallel import Plan
 from simllm.planner import plan
-from simllm.planner.space import divisors
+from simllm.planner.space import Branch, Space, divisors
 from simllm.training import Training, estimate
 
 LLAMA_7B = Model.load("llama-2-7b")
@@ -131,3 +131,22 @@ def test_progress_is_reported() -> None:
     plan(LLAMA_7B, Cluster.load("dgx-h100", 8), TRAINING, global_batch_size=8, progress=seen.append)
     assert seen
     assert seen == sorted(seen)
+
+
+def test_every_way_of_sharding_is_tried() -> None:
+    space = Space(LLAMA_7B, Cluster.load("dgx-h100", 64), TRAINING, 64, "bf16")
+
+    def stages(tp: int, pp: int, dp: int) -> tuple[str, ...]:
+        return space.sharding(Branch(tp=tp, pp=pp, vpp=1, cp=1, ep=1, dp=dp, micro_batch_size=1))
+
+    assert stages(1, 1, 64) == ("0", "1", "2", "hsdp", "3")
+    assert stages(8, 1, 8) == ("0", "1", "2", "3")  # one rank of a node: nothing to shard inside it
+    assert stages(1, 2, 32) == ("0", "1", "hsdp", "3")  # ZeRO-2 does not go with a pipeline
+    assert stages(8, 8, 1) == ("0",)
+
+
+def test_full_sharding_is_found_where_nothing_else_fits() -> None:
+    # 13 B parameters on eight 40 GB cards: 6 bytes a parameter unsharded do not leave room for long sequences.
+    cluster = Cluster.load("azure-nd-a100-v4", 8)
+    found = plan(Model.load("llama-7b"), cluster, Training(seq_len=4096, stack="fsdp1"), global_batch_size=8, top=500)
+    assert {answer.plan.zero for answer in found.plans} >= {"3"}

@@ -13,6 +13,7 @@ from simllm.errors import InputError
 from simllm.hardware import Cluster
 from simllm.models import Model
 from simllm.models.activations import Recompute
+from simllm.models.graph import Layout
 from simllm.models.spec import ModelSpec
 from simllm.parallel import Plan
 from simllm.training import Estimate, Training, estimate
@@ -252,3 +253,67 @@ def test_every_kind_of_architecture_can_be_estimated(name: str) -> None:
     answer = run(Plan(dp=64, global_batch_size=64, zero="3"), training=Training(seq_len=512), model=model)
     assert answer.step_time_s > 0
     assert answer.peak_memory_bytes > 0
+
+
+def traffic(answer: Estimate) -> dict[tuple[str, str], Any]:
+    return {(item.group, item.operation): item for item in answer.communication}
+
+
+def test_full_sharding_gathers_twice_and_reduces_once_per_micro_batch() -> None:
+    model = Model.load("llama-2-7b")
+    plan = Plan(dp=64, zero="3", global_batch_size=256)
+    found = traffic(run(plan, training=Training(seq_len=2048, stack="torchtitan"), model=model))
+    # 32 layers, the embedding and the head are gathered forward and again backward, four micro-batches.
+    assert found["dp", "all_gather"].calls == 2 * 34 * 4
+    assert found["dp", "reduce_scatter"].calls == 34 * 4
+    assert found["dp", "all_gather"].size_bytes == 2 * 4 * 2 * model.parameters.total
+    assert found["dp", "reduce_scatter"].size_bytes == 4 * 4 * model.parameters.total
+
+
+def test_zero_2_reduces_gradients_of_every_micro_batch() -> None:
+    model = Model.load("llama-2-7b")
+    answers = {
+        zero: run(Plan(dp=64, zero=zero, global_batch_size=512), training=Training(seq_len=2048), model=model)
+        for zero in ("1", "2")
+    }
+    calls = {zero: traffic(answer)["dp", "reduce_scatter"].calls for zero, answer in answers.items()}
+    assert calls == {"1": 1, "2": 8}
+    shown = {zero: answer.time.by_cause["data_parallel"] for zero, answer in answers.items()}
+    overlap = Training(seq_len=2048).software.overlap
+    reduce = traffic(answers["1"])["dp", "reduce_scatter"].time_s
+    # The reduction fits beside the backward pass of a micro-batch, so each one shows its exposed share.
+    assert shown["2"] - shown["1"] == pytest.approx(7 * overlap.gradient_exposed.si * reduce, rel=1e-9)
+
+
+def test_traffic_that_does_not_fit_beside_the_computation_shows() -> None:
+    # One short sequence: gathering 7 B parameters over the network takes longer than computing with them.
+    model = Model.load("llama-2-7b")
+    training = Training(seq_len=128, stack="torchtitan")
+    answer = run(Plan(dp=64, zero="3", global_batch_size=64), training=training, model=model)
+    found = traffic(answer)
+    unhidden = found["dp", "all_gather"].time_s + found["dp", "reduce_scatter"].time_s
+    compute = sum(answer.time.by_cause[cause] for cause in ("matmul", "attention", "elementwise", "host"))
+    share = training.software.overlap.fully_sharded_exposed.si
+    assert unhidden > compute
+    assert answer.time.by_cause["data_parallel"] >= unhidden - compute + share * compute * 0.5
+    assert answer.time.by_cause["data_parallel"] < unhidden
+
+
+def test_a_layer_is_never_faster_than_the_host_can_launch_it() -> None:
+    training = Training(seq_len=16, stack="megatron-deepspeed")
+    answer = run(Plan(dp=8, global_batch_size=8), "dgx-a100", training, Model.load("gpt2"))
+    costs = training.software.costs
+    floor = costs.host_per_layer_forward.si * (1 + costs.host_backward_ratio.si)
+    layers = answer.time.by_cause
+    # Twelve layers wait for the host; the embedding and the head do not.
+    inside = sum(layers[cause] for cause in ("matmul", "attention", "elementwise", "host"))
+    assert layers["host"] > 0
+    assert inside >= 12 * floor
+    assert inside < 12 * floor * 1.2
+
+
+def test_few_key_value_heads_are_replicated_not_split() -> None:
+    layer = LLAMA.graph.layers[0]
+    keys = next(op for op in layer.operators if op.name == "attention_core").inputs[1].axes[1]
+    widths = [Layout(tp=tp).size(keys) for tp in (1, 2, 8, 16, 64)]
+    assert widths == [8 * 128, 4 * 128, 128, 128, 128]

@@ -328,7 +328,7 @@ def test_jamba_periods():
     blocks = spec("jamba-v0.1").decoder.layers
     assert [index for index, block in enumerate(blocks) if not isinstance(block.mixer, MambaSpec)] == [4, 12, 20, 28]
     assert [index for index, block in enumerate(blocks) if isinstance(block.mlp, MoESpec)] == list(range(1, 32, 2))
-    assert blocks[0].mixer.inner_norms
+    assert blocks[0].mixer.inner_norm == NormSpec(kind="rmsnorm")
     assert first("jamba-v0.1", mamba_dt_rank="auto").mixer.dt_rank == 256
     assert not any(
         isinstance(b.mlp, MoESpec) for b in spec("jamba-v0.1", num_experts=1, num_experts_per_tok=1).decoder.layers

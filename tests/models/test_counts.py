@@ -124,3 +124,21 @@ def test_backward_is_twice_the_forward_per_operator() -> None:
                 weights = sum(item.flops for item in operator.backward_weight(layout, impl))
                 attention = any(isinstance(item, AttentionWork) for item in operator.forward(layout, impl))
                 assert (inputs, weights) == ((2 * forward, 0) if attention else (forward, forward)), operator.name
+
+
+def test_traffic_of_unfused_attention_per_score() -> None:
+    # Softmax reads and writes 2 bytes each, dropout too and a one-byte mask: 9 forward; 11 backward.
+    from simllm.models.graph import Implementation
+    from simllm.models.work import Stream
+
+    layer = build_graph(gpt_spec(hidden=1024, heads=16)).layers[0]
+    core = next(operator for operator in layer.operators if operator.name == "attention_core")
+    layout, impl = Layout(batch=2, seq_len=128), Implementation(attention="unfused")
+    scores = 2 * 16 * 128 * 128
+
+    def moved(work: tuple[object, ...]) -> float:
+        return sum(item.bytes for item in work if isinstance(item, Stream))
+
+    assert moved(core.forward(layout, impl)) == 9 * scores
+    assert moved(core.backward_input(layout, impl)) == 11 * scores
+    assert moved(core.forward(layout, Implementation())) == 0

@@ -6,17 +6,32 @@ named term below, computed from the shapes, with the reason; there is no toleran
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
+import torch.nn.functional as F  # noqa: N812
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from simllm.models import Model
 from simllm.models.activations import Recompute, saved_bytes
 from simllm.models.build import build_graph
+from simllm.models.catalog import catalog_names
 from simllm.models.graph import Implementation, Layout
 from simllm.models.spec import AttentionSpec, BlockSpec, HeadSpec, MLPSpec, ModelSpec, MoESpec, StackSpec
 from tests.models.torch_blocks import Block, Norm, dropout, record_saved_bytes
@@ -149,13 +164,14 @@ def _broadcast_without_a_copy(shape: Shape, element: int) -> int:
     return -2 * shape.tokens * (shape.heads - 1) * shape.head_dim * element
 
 
-def _routing(tokens: int, moe: MoESpec, renormalised: bool = True) -> int:
-    """Beside what the graph counts: a second int64 permutation and the int32 end of each expert's rows.
+def _routing(tokens: int, moe: MoESpec, impl: Implementation, renormalised: bool = True) -> int:
+    """Beside what the graph counts: int64 permutations of rows and weights, the int32 end of each expert's rows.
 
     Weights that are divided by their sum are kept in float32 before, with the sum.
     """
-    k = moe.num_experts_per_tok
-    return tokens * k * 8 + moe.num_experts * 4 + renormalised * (tokens * k * 4 + tokens * 4)
+    rows = tokens * moe.num_experts_per_tok
+    permutations = 1 + (impl.router_weights == "activation")
+    return permutations * rows * 8 + moe.num_experts * 4 + renormalised * (rows * 4 + tokens * 4)
 
 
 def _named_terms(model: str, shape: Shape, impl: Implementation, policy: str, spec: ModelSpec) -> int:
@@ -167,7 +183,7 @@ def _named_terms(model: str, shape: Shape, impl: Implementation, policy: str, sp
     if model == "mixtral":
         moe = spec.decoder.layers[0].mlp
         assert isinstance(moe, MoESpec)
-        return _routing(shape.tokens, moe)
+        return _routing(shape.tokens, moe, impl)
     if model == "falcon":
         fused = _views_of_a_fused_product(shape, 1, element)
         if impl.attention == "flash" or policy == "selective":
@@ -180,9 +196,7 @@ def _named_terms(model: str, shape: Shape, impl: Implementation, policy: str, sp
 # -- one rank --------------------------------------------------------------------------------------------------
 
 
-def _measure(
-    model: str, spec: ModelSpec, shape: Shape, impl: Implementation, recompute: str, **details: object
-) -> int:
+def _measure(model: str, spec: ModelSpec, shape: Shape, impl: Implementation, recompute: str, **details: object) -> int:
     encodes = model == "t5 encoder"
     block_spec = (spec.encoder if encodes and spec.encoder else spec.decoder).layers[0]
     block = Block(
@@ -249,17 +263,20 @@ def test_listed_operators(model: str, part: str) -> None:
         assert _measure(model, spec, shape, impl, part) == saved_bytes(layer, layout, impl, policy) + named
 
 
-@settings(max_examples=60, deadline=None)
+@settings(deadline=None)
 @given(
     specs(),
     st.sampled_from(["flash", "unfused"]),
     st.sampled_from([FUSED, EAGER]),
     st.sampled_from([2, 4]),
+    st.sampled_from(["output", "activation"]),
     st.sampled_from(list(POLICIES)),
 )
-def test_random_blocks(spec: ModelSpec, attention: str, stack: Implementation, element: int, policy: str) -> None:
+def test_random_blocks(
+    spec: ModelSpec, attention: str, stack: Implementation, element: int, weights: str, policy: str
+) -> None:
     """Whatever a spec can say of norms, heads, positions and experts, two sequences of eight tokens."""
-    impl = replace(stack, attention=attention, activation_bytes=element)  # type: ignore[arg-type]
+    impl = replace(stack, attention=attention, activation_bytes=element, router_weights=weights)  # type: ignore[arg-type]
     layout = Layout(batch=2, seq_len=8)
     for index, graph in enumerate(build_graph(spec).layers):
         block_spec = spec.decoder.layers[index]
@@ -270,9 +287,36 @@ def test_random_blocks(spec: ModelSpec, attention: str, stack: Implementation, e
         x = torch.randn(2, 8, spec.hidden_size, dtype=block.dtype, requires_grad=True)
         named = 0
         if isinstance(block_spec.mlp, MoESpec) and policy != "full":
-            named = _routing(16, block_spec.mlp, renormalised=False)
+            named = _routing(16, block_spec.mlp, impl, renormalised=False)
         measured = record_saved_bytes(lambda block=block, x=x: block(x), block)  # type: ignore[misc]
         assert measured == saved_bytes(graph, layout, impl, POLICIES[policy]) + named
+
+
+@pytest.mark.parametrize("stack", ["fused", "eager"])
+@pytest.mark.parametrize("element", [2, 4], ids=["bf16", "fp32"])
+def test_router_weights_inside_the_experts(element: int, stack: str) -> None:
+    """Megatron-Core weights the activation of an expert, and does not keep its output."""
+    base = FUSED if stack == "fused" else EAGER
+    impl = replace(base, activation_bytes=element, router_weights="activation")
+    for shape in SHAPES:
+        spec = _mixtral(shape, 0.0)
+        layout = Layout(batch=shape.batch, seq_len=shape.seq_len)
+        layer = build_graph(spec).layers[0]
+        kept = saved_bytes(layer, layout, impl)
+        assert _measure("mixtral", spec, shape, impl, "none") == kept + _named_terms(
+            "mixtral", shape, impl, "none", spec
+        )
+        if stack == "fused":
+            outputs = 2 * shape.tokens * shape.hidden * element
+            assert saved_bytes(layer, layout, replace(impl, router_weights="output")) - kept == outputs
+
+
+@pytest.mark.parametrize("name", catalog_names())
+def test_names_of_tensors_are_unique_in_a_block(name: str) -> None:
+    """A tensor is known by its name: two of one name would be counted once."""
+    for block, _ in Model.load(name).graph.parts:
+        names = [tensor.name for operator in block.operators for tensor in operator.outputs]
+        assert len(names) == len(set(names)), block.name
 
 
 # -- several ranks ---------------------------------------------------------------------------------------------
@@ -283,9 +327,7 @@ def test_random_blocks(spec: ModelSpec, attention: str, stack: Implementation, e
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize("element", [2, 4], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("model", ["gpt2", "llama"])
-def test_tensor_parallel_ranks(
-    model: str, element: int, sequence_parallel: bool, attention: str, policy: str
-) -> None:
+def test_tensor_parallel_ranks(model: str, element: int, sequence_parallel: bool, attention: str, policy: str) -> None:
     """A block with its rank's heads, its share of the MLP, and with sequence parallelism its share of the tokens."""
     impl = replace(FUSED, attention=attention, activation_bytes=element)  # type: ignore[arg-type]
     shape = SHAPES[2]
@@ -295,6 +337,48 @@ def test_tensor_parallel_ranks(
         named = _boolean_mask(shape) if (model, attention, policy) == ("gpt2", "unfused", "none") else 0
         measured = _measure(model, spec, shape, impl, policy, tp=tp, sequence_parallel=sequence_parallel)
         assert measured == saved_bytes(build_graph(spec).layers[0], layout, impl, POLICIES[policy]) + named
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[DeviceMesh]:
+    """Four ranks of which one exists: the fake backend moves nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    yield init_device_mesh("cpu", (4,), mesh_dim_names=("tp",))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("policy", ["none", "full"])
+@pytest.mark.parametrize("attention", ["flash", "unfused"])
+@pytest.mark.parametrize("element", [2, 4], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("model", ["gpt2", "llama"])
+def test_pytorchs_own_tensor_parallelism(
+    mesh: DeviceMesh, model: str, element: int, attention: str, policy: str
+) -> None:
+    """`parallelize_module` with sequence parallelism keeps the gathered input of the products (torchtitan's plan)."""
+    impl = replace(FUSED, attention=attention, activation_bytes=element, sequence_gather="kept")  # type: ignore[arg-type]
+    shape = SHAPES[2]
+    spec = MODELS[model](shape, 0.1)
+    rates = spec.hidden_dropout, spec.attention_dropout
+    block = Block(spec.decoder.layers[0], shape.hidden, shape.seq_len, impl, *rates, policy)
+    enter = PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),))
+    plan: dict[str, ParallelStyle] = {
+        "norms.mixer": SequenceParallel(),
+        "norms.mlp": SequenceParallel(),
+        "mixer": enter,
+        "mlp": enter,
+        "mixer.out": RowwiseParallel(output_layouts=Shard(1)),
+        "mlp.down": RowwiseParallel(output_layouts=Shard(1)),
+    }
+    split = ("mixer.q", "mixer.k", "mixer.v", "mlp.up", *(["mlp.gate"] if model == "llama" else []))
+    parallelize_module(block, mesh, plan | {name: ColwiseParallel() for name in split})
+    local = torch.randn(shape.batch, shape.seq_len // 4, shape.hidden, dtype=block.dtype, requires_grad=True)
+    layout = Layout(batch=shape.batch, seq_len=shape.seq_len, tp=4, sequence_parallel=True)
+    graph = build_graph(spec).layers[0]
+    expected = saved_bytes(graph, layout, impl, POLICIES[policy])
+    assert record_saved_bytes(lambda: block(local), block) == expected
+    megatron = saved_bytes(graph, layout, replace(impl, sequence_gather="again"), POLICIES[policy])
+    gathered = 2 * shape.tokens * shape.hidden * element
+    assert expected - megatron == (gathered * 3 // 4 if policy == "none" else 0)
 
 
 @pytest.mark.parametrize("policy", ["none", "full"])

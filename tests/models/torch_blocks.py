@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from simllm.models.graph import Implementation
@@ -26,16 +27,25 @@ __all__ = ["Block", "record_saved_bytes"]
 
 Function = Callable[..., Tensor]
 
+torch.set_num_threads(1)  # the shapes are tiny: more threads only wait for each other
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part of a distributed tensor, and what a collective that was not waited for will hold."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return getattr(local, "elem", local)
+
 
 def record_saved_bytes(forward: Callable[[], Any], module: nn.Module, lent: Iterable[Tensor] = ()) -> int:
     """Bytes that autograd keeps of ``forward()``, by the rules above."""
-    outside = {t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers(), *lent)}
+    outside = {_local(t).untyped_storage()._cdata for t in (*module.parameters(), *module.buffers(), *lent)}
     storages: dict[int, int] = {}
     alive: list[Any] = []  # a freed storage's address could be given to the next one
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        alive.append(tensor)
+        local = _local(tensor)
+        storage = local.untyped_storage()
+        alive.append(local)
         if storage._cdata not in outside:
             storages[storage._cdata] = storage.nbytes()
         return tensor
@@ -148,13 +158,20 @@ _FUNCTIONS: dict[str, Function] = {
 }
 
 
-def _activate(function: str, impl: Implementation, gate: Tensor, up: Tensor | None = None) -> Tensor:
+def _activate(
+    function: str, impl: Implementation, gate: Tensor, up: Tensor | None = None, weight: Tensor | None = None
+) -> Tensor:
     f = _FUNCTIONS[function]
-    if up is None:
-        return _Kernel.apply(f, gate) if impl.activation == "fused" and function == "gelu_new" else f(gate)
-    if impl.activation == "fused":
-        return _Kernel.apply(lambda g, u: f(g) * u, gate, up)
-    return f(gate) * up
+    inputs = [x for x in (gate, up, weight) if x is not None]
+
+    def whole(gate: Tensor, *others: Tensor) -> Tensor:
+        result = f(gate)
+        for other in others:
+            result = result * other
+        return result.to(gate.dtype)
+
+    one_operator = len(inputs) == 1 and function != "gelu_new"
+    return _Kernel.apply(whole, *inputs) if impl.activation == "fused" and not one_operator else whole(*inputs)
 
 
 # -- sub-layers ------------------------------------------------------------------------------------------------
@@ -206,11 +223,11 @@ class Attention(nn.Module):
             return q, k, v
         return enter(self.q, x), enter(self.k, source), enter(self.v, source)
 
-    def _split(self, x: Tensor, heads: int, norm: str) -> Tensor:
+    def _split(self, x: Tensor, norm: str = "") -> Tensor:
         per_head = self.spec.qk_norm_per_head
         if norm and self.spec.qk_norm is not None and not per_head:
             x = getattr(self, norm)(x)
-        x = x.view(*x.shape[:-1], heads, self.spec.head_dim)
+        x = x.unflatten(-1, (-1, self.spec.head_dim))
         if norm and self.spec.qk_norm is not None and per_head:
             x = getattr(self, norm)(x)
         return x.transpose(1, 2)
@@ -222,8 +239,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, source: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         block = self.block[0]
         q, k, v = self._project(x, x if source is None else source)
-        q, k = self._split(q, self.heads, "q_norm"), self._split(k, self.kv_heads, "k_norm")
-        v = self._split(v, self.kv_heads, "")
+        q, k, v = self._split(q, "q_norm"), self._split(k, "k_norm"), self._split(v)
         if self.spec.position == "rope":
             q, k = self._rotate(q), self._rotate(k)
         core = self._flash if block.impl.attention == "flash" else self._explicit
@@ -242,7 +258,7 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal, enable_gqa=True)
 
     def _explicit(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        groups = self.heads // self.kv_heads
+        groups = q.shape[1] // k.shape[1]
         if groups > 1:
             k, v = (t[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for t in (k, v))
         scores = q @ k.transpose(-2, -1) / math.sqrt(self.spec.head_dim)
@@ -280,7 +296,7 @@ class MLP(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """Top-k routing: rows are sorted by expert, multiplied in groups, sorted back, and summed with their weights.
+    """Top-k routing: rows are sorted by expert, multiplied in groups, weighted, sorted back and summed.
 
     ``renormalise``: the chosen weights are divided by their sum (Mixtral).
     """
@@ -309,16 +325,19 @@ class MixtureOfExperts(nn.Module):
         order = torch.argsort(experts.flatten())
         token = order // k
         ends = torch.bincount(experts.flatten(), minlength=self.spec.num_experts).cumsum(0, dtype=torch.int32)
+        early = weights.flatten()[order, None] if impl.router_weights == "activation" else None
         rows = flat.index_select(0, token)
         up, function = F.grouped_mm(rows, self.up, offs=ends), self.spec.expert.activation
         if self.gate is None:
-            inner = _activate(function, impl, up)
+            inner = _activate(function, impl, up, None, early)
         else:
-            inner = _activate(function, impl, F.grouped_mm(rows, self.gate, offs=ends), up)
+            inner = _activate(function, impl, F.grouped_mm(rows, self.gate, offs=ends), up, early)
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(len(order))
         result = F.grouped_mm(inner, self.down, offs=ends).index_select(0, inverse).unflatten(0, (-1, k))
-        combined = (result * weights[..., None]).sum(1).to(x.dtype).view_as(x)
+        if early is None:
+            result = result * weights[..., None]
+        combined = result.sum(1).to(x.dtype).view_as(x)
         if self.shared is None:
             return combined
         shared = self.shared(x)

@@ -317,3 +317,20 @@ def test_few_key_value_heads_are_replicated_not_split() -> None:
     keys = next(op for op in layer.operators if op.name == "attention_core").inputs[1].axes[1]
     widths = [Layout(tp=tp).size(keys) for tp in (1, 2, 8, 16, 64)]
     assert widths == [8 * 128, 4 * 128, 128, 128, 128]
+
+
+def test_gathered_layers_of_full_sharding_by_hand() -> None:
+    model = Model.load("llama-2-7b")
+    plan = Plan(dp=64, zero="3", global_batch_size=64)
+    kinds = run(plan, training=Training(seq_len=2048, stack="torchtitan"), model=model).stages[0].by_kind
+    layer = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096
+    outside = 2 * 32000 * 4096 + 4096
+    # In bf16: the layer at work, the one fetched ahead, one layer's gradient; embedding, last norm and head.
+    assert kinds["gathered"] == 2 * (3 * layer + outside)
+
+
+def test_recomputed_layers_wait_for_the_host_too() -> None:
+    training = Training(seq_len=16, stack="megatron-deepspeed")
+    plan = Plan(dp=8, global_batch_size=8, recompute=Recompute(kind="full"))
+    answer = run(plan, "dgx-a100", training, Model.load("gpt2"))
+    assert answer.time.by_cause["recompute"] == pytest.approx(12 * training.software.costs.host_per_layer_forward.si)

@@ -57,6 +57,12 @@ class Kernels(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         Rate of the stack's attention relative to that kernel's measurements: an older or untuned build.
     norm, activation, rope, dropout_add : str
         ``fused`` or ``eager`` (a chain of single PyTorch operators).
+    sequence_gather : str
+        Under sequence parallelism the gathered input of a product is gathered ``again`` in the backward pass, or
+        ``kept``.
+    router_weights : str
+        Where the router's weight of a token multiplies: the expert's ``output``, which is then kept, or its
+        ``activation``.
     """
 
     attention: Literal["best", "unfused", "flash1", "flash2", "flash3", "cudnn"]
@@ -65,6 +71,8 @@ class Kernels(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     activation: Literal["fused", "eager"]
     rope: Literal["fused", "eager"]
     dropout_add: Literal["fused", "eager"]
+    sequence_gather: Literal["again", "kept"]
+    router_weights: Literal["output", "activation"]
 
 
 class Overlap(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -116,6 +124,9 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         ``host_backward_ratio`` times as long.
     loss_traffic, logits_saved : BytesPer
         Bytes moved (forward and backward) and kept per logit.
+    gradient_accumulation : BytesPer
+        Bytes moved per parameter to add a micro-batch's gradient to the sum by kernels of their own; 0 where
+        the product that makes the gradient also adds it.
     moe_permute_traffic : Factor
         Bytes moved to permute tokens to experts and back, relative to one read and one write.
     context : Bytes
@@ -126,6 +137,7 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     host_backward_ratio: Factor
     loss_traffic: BytesPer
     logits_saved: BytesPer
+    gradient_accumulation: BytesPer
     moe_permute_traffic: Factor
     context: Bytes
 

@@ -5,8 +5,8 @@ Rules (arXiv:1909.08053 section 3, arXiv:2205.05198 section 4.2):
 - a product whose contracted axis is sharded over tp leaves partial sums; the first operator after it that is not a
   product reduces them once: all-reduce, or reduce-scatter over the sequence with sequence parallelism;
 - a product whose output axis is sharded over tp enters the tensor-parallel region: with sequence parallelism its input
-  is all-gathered (and again in the backward pass, for the weight gradient), and the gradient of its input is reduced.
-  Products that read the same tensor share these;
+  is all-gathered (and, unless the software keeps it, again in the backward pass for the weight gradient), and the
+  gradient of its input is reduced. Products that read the same tensor share these;
 - tokens sent to experts cross the expert-parallel ranks by all-to-all, twice forward and twice backward; expert-tensor
   ranks gather and scatter them;
 - keys and values go round the context-parallel ring, their gradients with them in the backward pass.
@@ -78,7 +78,8 @@ class _Reader:
         size = self.full_bytes(tensor)
         if self.layout.sequence_parallel:
             self.add("all_gather", "tp", "forward", size, operator)
-            self.add("all_gather", "tp", "backward", size, operator)
+            if self.impl.sequence_gather == "again":
+                self.add("all_gather", "tp", "backward", size, operator)
             self.add("reduce_scatter", "tp", "backward", size, operator)
         else:
             self.add("all_reduce", "tp", "backward", size, operator)

@@ -22,7 +22,8 @@ class Stage:
     layers : tuple of (Graph, int)
         Distinct layers with how often they occur, all chunks of the rank together.
     extras : tuple of Graph
-        Stem, bridge between encoder and decoder, and head, where they stand on this rank.
+        Stem, bridge between encoder and decoder, what is around multi-token prediction, and head, where they stand on
+        this rank.
     first, last : bool
         Whether the rank holds the stem or the head.
     """
@@ -56,7 +57,10 @@ def pipeline_stages(graph: ModelGraph, pp: int, vpp: int, uneven: bool = False) 
                 counts[id(layer)] = counts.get(id(layer), 0) + 1
                 extras += [bridge for at, bridge in graph.bridges if at == index]
         if rank == pp - 1:
-            extras.append(graph.head)
+            for layer in graph.last_layers:
+                graphs[id(layer)] = layer
+                counts[id(layer)] = counts.get(id(layer), 0) + 1
+            extras += [*graph.last_extras, graph.head]
         stages.append(
             Stage(
                 rank=rank,
@@ -74,7 +78,7 @@ def block_weights(graph: Graph, layout: Layout, keep_tied: bool = False) -> tupl
     """Dense and expert parameters of one block on one rank."""
     dense = expert = 0
     for weight in graph.weights:
-        if weight.tied and not keep_tied:
+        if not weight.stored(keep_tied):
             continue
         if weight.is_expert:
             expert += layout.weight_elements(weight)

@@ -223,7 +223,7 @@ def block_moments(
     moments = optimizer_named(optimizer).moments
     dense = expert = 0.0
     for weight in graph.weights:
-        if weight.tied and not keep_tied:
+        if not weight.stored(keep_tied):
             continue
         size = moments(weight, tuple(layout.size(axis) for axis in weight.axes), element)
         if weight.is_expert:

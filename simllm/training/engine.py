@@ -53,6 +53,8 @@ def implementation_of(stack: Stack, kernels: Kernels, precision: str) -> Impleme
         norm=stack.kernels.norm,
         rope=stack.kernels.rope,
         dropout_add=stack.kernels.dropout_add,
+        sequence_gather=stack.kernels.sequence_gather,
+        router_weights=stack.kernels.router_weights,
         activation_bytes=4 if precision in ("fp32", "tf32") else 2,
         logits_saved_bytes=stack.costs.logits_saved.si,
         loss_traffic_bytes=stack.costs.loss_traffic.si,

@@ -149,13 +149,21 @@ class Step:
     def _block(self, graph: Graph, is_layer: bool) -> tuple[Cost, Cost]:
         cost = self.engine.block(graph, self.layout, self.groups, self.plan.recompute, is_layer)
         if not self.plan.shards_parameters:
-            return cost.forward, cost.backward
+            return cost.forward, cost.backward + Cost(elementwise=self._accumulation_s(graph))
         weights = block_weights(graph, self.layout)
         gather, reduce = self.exchange_s(self.gathers(*weights)), self.exchange_s(self.reductions(*weights))
         share = self.stack.overlap.fully_sharded_exposed.si
         forward = exposed(gather, cost.forward.total, share)
         backward = exposed(gather + reduce, cost.backward.total, share)
         return cost.forward + Cost(data_parallel=forward), cost.backward + Cost(data_parallel=backward)
+
+    def _accumulation_s(self, graph: Graph) -> float:
+        """Adding a micro-batch's gradients to those before, a mean over the step: the first one is only stored."""
+        traffic = self.stack.costs.gradient_accumulation.si
+        m = self.plan.num_micro_batches
+        if not traffic or m == 1:
+            return 0.0
+        return self.engine.stream_s(sum(block_weights(graph, self.layout)) * traffic) * (m - 1) / m
 
     # -- data-parallel traffic -----------------------------------------------------------------------------------
 
@@ -308,7 +316,7 @@ class Step:
         layout = Layout(seq_len=self.training.seq_len, source_len=self.training.source_len, prefix_len=self.prefix_len)
         policy = self.plan.recompute
         total = 0.0
-        for graph, times in self.graph.parts[1:-1]:
+        for graph, times in self.graph.layer_parts:
             again = recomputed_operators(graph, policy, self.engine.impl)
             total += times * policy.fraction * sum(operator_flops(operator, layout)[0] for operator in again)
         return round(total) * self.plan.global_batch_size

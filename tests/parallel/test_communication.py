@@ -45,6 +45,13 @@ def test_sequence_parallel_layer_gathers_and_scatters() -> None:
     assert {c.size_bytes for c in found} == {4 * 512 * 1024 * 2}
 
 
+def test_software_that_keeps_the_gathered_tokens_gathers_once() -> None:
+    layer = build_graph(gpt_spec()).layers[0]
+    layout = Layout(batch=4, seq_len=512, tp=8, sequence_parallel=True)
+    found = block_collectives(layer, layout, Implementation(sequence_gather="kept"))
+    assert Counter(c.phase for c in found if c.op == "all_gather") == {"forward": 2, "backward": 2}
+
+
 @pytest.mark.parametrize("name", ["falcon-40b", "gpt-j-6b", "palm-540b"])
 def test_parallel_block_reduces_once(name: str) -> None:
     # arXiv:2204.02311, section 2: attention and MLP in parallel share their reductions.

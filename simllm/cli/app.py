@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from simllm.cli import collective, estimate, hardware, models, plan, validate
+from simllm.cli import calibrate, collective, estimate, hardware, models, plan, validate
 from simllm.cli.output import ReaderGoneError
 from simllm.errors import InputError, unknown_name
 
@@ -52,6 +52,7 @@ def _build() -> Any:
         ("models", "Count parameters, FLOPs and caches of models.", models.COMMANDS),
         ("hardware", "Look up and check hardware profiles.", hardware.COMMANDS),
         ("validate", "Hold predictions against measurements.", validate.COMMANDS),
+        ("calibrate", "Turn measurements into the figures of profiles.", calibrate.COMMANDS),
     ):
         group = _group(help_text)
         for command, function in commands.items():

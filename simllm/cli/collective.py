@@ -40,13 +40,22 @@ def collective(
         bool, typer.Option("--sweep", help="All sizes from --min-size to --size, doubling, as nccl-tests runs them.")
     ] = False,
     min_size: Annotated[str, typer.Option("--min-size", metavar="S", help="Smallest size of the sweep.")] = "1KiB",
+    measured: Annotated[
+        str | None,
+        typer.Option(
+            "--measured",
+            metavar="FILE",
+            help="Table (CSV) or nccl-tests log: show beside a sweep what was measured on such a group.",
+        ),
+    ] = None,
     as_json: Json = False,
     output: Output = None,
     plot: Plot = None,
 ) -> None:
     """Price one collective, or a sweep over sizes.
 
-    Sizes and bandwidths are those that nccl-tests prints.
+    Sizes and bandwidths are those that nccl-tests prints. The wire limit is the busbw that the chosen algorithm would
+    reach if its links ran at full rate and nothing else took time.
 
     \b
     Examples:
@@ -65,18 +74,27 @@ def collective(
         raise InputError(f"--min-size={min_size} is more than --size={size}; a sweep goes up from the one to the other")
     if plot is not None and not sweep:
         raise InputError("--plot draws a sweep over sizes; add --sweep")
+    if measured is not None and not sweep:
+        raise InputError("--measured stands beside a sweep over sizes; add --sweep")
     where = load_cluster(cluster, gpus)
     step = count(stride, "--stride")
     members = len(range(0, where.num_gpus, step)) if ranks is None else count(ranks, "--ranks")
     group = Group(size=members, stride=step)
+    if plot is not None and members == 1:
+        raise InputError("--plot has nothing to draw: one rank alone exchanges nothing; give more --gpus or --ranks")
     costs = network.sweep(operation, doubling_sizes(first, last) if sweep else [last], where, group, algorithm)
-    if plot is not None:
-        from simllm.report.plots import plot_collectives
+    found = None
+    if measured is not None:
+        from simllm.validation.collective_rows import measured_series
 
-        write_file(plot, plot_collectives(where, group, costs, picture), "--plot")
+        found = measured_series(measured, operation, where, group, algorithm)
+    if plot is not None:
+        from simllm.report.collective_plots import plot_collectives
+
+        write_file(plot, plot_collectives(where, group, costs, picture, found or ()), "--plot")
     emit(
-        lambda: collective_dict(where, group, costs, sweep),
-        lambda: collective_report(where, group, costs),
+        lambda: collective_dict(where, group, costs, sweep, found or ()),
+        lambda: collective_report(where, group, costs, found),
         as_json,
         output,
     )

@@ -8,6 +8,7 @@ import typer
 
 from simllm.cli.options import (
     ClusterName,
+    FlopConvention,
     GlobalBatchSize,
     Gpus,
     GradientPrecision,
@@ -98,6 +99,7 @@ def estimate(
     optimizer: OptimizerName = "adam",
     master_weights: MasterWeights = None,
     gradient_precision: GradientPrecision = None,
+    flop_convention: FlopConvention = "full-attention",
     tokens: Tokens = None,
     price: Price = None,
     as_json: Json = False,
@@ -123,7 +125,9 @@ def estimate(
     tensor, pipeline, chunks, context = count(tp, "--tp"), count(pp, "--pp"), count(vpp, "--vpp"), count(cp, "--cp")
     loaded = load_model(model)
     where = load_cluster(cluster, gpus)
-    run = make_training(loaded, seq_len, stack, memory_headroom, optimizer, master_weights, gradient_precision)
+    run = make_training(
+        loaded, seq_len, stack, memory_headroom, optimizer, master_weights, gradient_precision, flop_convention
+    )
     default_etp = run.expert_tensor_parallel(tensor) if "experts" in loaded.parameters.by_component else 1
     split = Plan(
         tp=tensor,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MOST_GPUS",
     "ClusterName",
+    "FlopConvention",
     "GlobalBatchSize",
     "Gpus",
     "GradientPrecision",
@@ -114,6 +115,14 @@ GradientPrecision = Annotated[
         help="fp32 or bf16, of accumulated gradients. Default: what the stack does.",
     ),
 ]
+FlopConvention = Annotated[
+    str,
+    typer.Option(
+        "--flop-convention",
+        metavar="NAME",
+        help="How MFU counts: full-attention, masked, 6n, 6n-non-embedding, palm, torchtitan or with-recompute.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document with SI units.")]
 Output = Annotated[
     str | None,
@@ -187,6 +196,7 @@ def make_training(
     optimizer: str,
     master_weights: bool | None,
     gradient_precision: str | None,
+    flop_convention: str,
 ) -> Training:
     """The run described by the options that say nothing of the plan."""
     from simllm.training import Training
@@ -196,6 +206,7 @@ def make_training(
         stack=stack,
         memory_headroom=fraction(headroom, "--memory-headroom"),
         optimizer=optimizer,
+        flop_convention=flop_convention,
         master_weights=master_weights,
         gradient_precision=cast("Literal['fp32', 'bf16'] | None", gradient_precision),
     )

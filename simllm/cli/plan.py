@@ -8,6 +8,7 @@ import typer
 
 from simllm.cli.options import (
     ClusterName,
+    FlopConvention,
     GlobalBatchSize,
     Gpus,
     GradientPrecision,
@@ -56,6 +57,7 @@ def plan(
     optimizer: OptimizerName = "adam",
     master_weights: MasterWeights = None,
     gradient_precision: GradientPrecision = None,
+    flop_convention: FlopConvention = "full-attention",
     price: Price = None,
     as_json: Json = False,
     output: Output = None,
@@ -77,7 +79,9 @@ def plan(
     run_tokens, usd = optional_tokens(tokens), optional_price(price)
     loaded = load_model(model)
     where = load_cluster(cluster, gpus)
-    run = make_training(loaded, seq_len, stack, memory_headroom, optimizer, master_weights, gradient_precision)
+    run = make_training(
+        loaded, seq_len, stack, memory_headroom, optimizer, master_weights, gradient_precision, flop_convention
+    )
     with progress("plans priced") as tick:
         search = planner.plan(
             loaded,

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
 
-from simllm.cli.options import Json, Output
+from simllm.cli.options import Json, Output, count
 from simllm.cli.output import check_output, emit, progress
 
-__all__ = ["COMMANDS", "runs"]
+__all__ = ["COMMANDS", "collectives", "runs"]
 
 
 def runs(
@@ -36,4 +37,55 @@ def runs(
     emit(report.to_dict, lambda: validation_report(report), as_json, output)
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {"runs": runs}
+def collectives(
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="Table of collectives (CSV), or output of nccl-tests or rccl-tests.")
+    ],
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            "--cluster",
+            metavar="NAME",
+            help="Where all rows ran: a system of the catalog or a YAML file. Default: what FILE says.",
+        ),
+    ] = None,
+    folds: Annotated[
+        str | None,
+        typer.Option(
+            "--cross-validate",
+            metavar="K",
+            help="Also fit the links again without each K-th part of the sweeps, and of the systems, and predict that.",
+        ),
+    ] = None,
+    as_json: Json = False,
+    output: Output = None,
+) -> None:
+    """Predict every collective of a table and print the errors.
+
+    No row is dropped: what a row does not say about its machine is assumed by a stated rule, and one that cannot be
+    priced is listed with its reason.
+
+    \b
+    Examples:
+      simllm validate collectives tests/published/collectives.csv
+      simllm validate collectives tests/published/collectives.csv --cross-validate 5
+    """
+    from simllm.report.validation import collective_validation_report
+    from simllm.validation.collectives import validate_collectives
+
+    check_output(output)
+    parts = None if folds is None else count(folds, "--cross-validate", maximum=1000)
+    with progress("collectives priced") as tick:
+        report = validate_collectives(file, cluster, progress=tick)
+    if parts is not None:
+        from simllm.validation.collective_rows import read_rows
+        from simllm.validation.cross_validation import cross_validate
+        from simllm.validation.link_fit import measured_sweeps
+
+        with progress("parts fitted again") as tick:
+            errors = cross_validate(measured_sweeps(read_rows(file), cluster).sweeps, parts, tick)
+        report = replace(report, cross_validation=errors)
+    emit(report.to_dict, lambda: collective_validation_report(report), as_json, output)
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {"runs": runs, "collectives": collectives}

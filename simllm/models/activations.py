@@ -7,6 +7,7 @@ The published formulas (Korthikanti 2022, arXiv:2205.05198, equations 1 to 6) fo
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -95,6 +96,8 @@ def recomputed_operators(graph: Graph, policy: Recompute, impl: Implementation) 
 def kept_tensors(graph: Graph, impl: Implementation, policy: Recompute = NONE) -> dict[str, tuple[Tensor, str]]:
     """The tensors that stay alive until the backward pass: name -> (tensor, operator that asked for it first).
 
+    A tensor that is kept with its gathered tokens has an entry of its own beside the one that is split.
+
     A recomputed operator keeps nothing itself, but what enters the recomputed region from outside must stay. With
     ``list`` the region's results are dropped too and made again just before they are needed; with ``selective`` and
     ``full`` a result that another operator keeps stays, as `torch.utils.checkpoint` does.
@@ -110,17 +113,29 @@ def kept_tensors(graph: Graph, impl: Implementation, policy: Recompute = NONE) -
             needed = operator.saved(impl)
         for tensor in needed:
             dropped = policy.kind == "list" and tensor.name in produced
-            if not dropped and tensor.name not in graph.borrows:
+            if dropped:
+                continue
+            if tensor.gathered:
+                kept.setdefault(f"{tensor.name}, gathered", (tensor, operator.name))
+            elif tensor.name not in graph.borrows:
                 kept.setdefault(tensor.name, (tensor, operator.name))
     return kept
+
+
+def _on_a_rank(graph: Graph, layout: Layout, impl: Implementation, policy: Recompute) -> Iterator[tuple[float, str]]:
+    """Bytes of each kept tensor on a rank, with the operator that asked for it first."""
+    kept = kept_tensors(graph, impl, policy)
+    for tensor, operator in kept.values():
+        # Where the tokens are not split, a gathered tensor is the tensor itself.
+        if tensor.gathered and not layout.sequence_parallel and (tensor.name in kept or tensor.name in graph.borrows):
+            continue
+        yield layout.elements(tensor) * impl.bytes_of(tensor), operator
 
 
 @lru_cache(maxsize=1 << 16)
 def saved_bytes(graph: Graph, layout: Layout, impl: Implementation, policy: Recompute = NONE) -> float:
     """Bytes that one block keeps for one micro-batch on one rank."""
-    return sum(
-        layout.elements(tensor) * impl.bytes_of(tensor) for tensor, _ in kept_tensors(graph, impl, policy).values()
-    )
+    return sum(size for size, _ in _on_a_rank(graph, layout, impl, policy))
 
 
 def saved_bytes_by_operator(
@@ -128,6 +143,6 @@ def saved_bytes_by_operator(
 ) -> dict[str, float]:
     """The same by the operator that first needs a tensor; adds up to `saved_bytes`."""
     result: dict[str, float] = {}
-    for tensor, operator in kept_tensors(graph, impl, policy).values():
-        result[operator] = result.get(operator, 0.0) + layout.elements(tensor) * impl.bytes_of(tensor)
+    for size, operator in _on_a_rank(graph, layout, impl, policy):
+        result[operator] = result.get(operator, 0.0) + size
     return result

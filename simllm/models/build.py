@@ -1,4 +1,4 @@
-"""From a spec to the one graph: embedding, one graph per distinct layer, head."""
+"""From a spec to the one graph: embedding, one graph per distinct layer, multi-token prediction, head."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from functools import lru_cache
 
 from simllm.models.builder import Builder
 from simllm.models.graph import Axis, AxisName, Graph, ModelGraph, Tensor, Weight
-from simllm.models.operators import Activation, Dropout, Embedding, Loss
-from simllm.models.spec import AttentionSpec, BlockSpec, MambaSpec, ModelSpec, StackSpec
+from simllm.models.operators import Activation, Concat, Dropout, Embedding, Loss
+from simllm.models.spec import AttentionSpec, BlockSpec, MambaSpec, ModelSpec, NormSpec, StackSpec
 from simllm.models.sublayers import attention, feed_forward, mamba
 
 __all__ = ["build_graph"]
@@ -32,28 +32,39 @@ def build_graph(spec: ModelSpec) -> ModelGraph:
     if spec.encoder is not None:
         memory = Tensor("memory", (Axis("source_tokens"), Axis("hidden", spec.hidden_size)))
         stem = _embedding(Builder(spec, "source_tokens"), spec.encoder, "embedding", shared=False)
-        layers += _layers(spec, spec.encoder, "source_tokens", "encoder layer", None)
+        layers += _layers(spec, spec.encoder.layers, "source_tokens", "encoder layer", None)
         bridges.append((len(layers), _bridge(spec, spec.encoder, memory)))
-        layers += _layers(spec, spec.decoder, "tokens", "decoder layer", memory)
+        layers += _layers(spec, spec.decoder.layers, "tokens", "decoder layer", memory)
     else:
         stem = _embedding(Builder(spec), spec.decoder, "embedding", shared=False)
-        layers += _layers(spec, spec.decoder, "tokens", "layer", None)
-    return ModelGraph(stem=stem, layers=tuple(layers), head=_head(spec), bridges=tuple(bridges))
+        # One call for both: a module of multi-token prediction has the same layer as the model.
+        layers += _layers(spec, spec.decoder.layers + spec.multi_token_prediction, "tokens", "layer", None)
+    number = spec.num_hidden_layers
+    return ModelGraph(
+        stem=stem,
+        layers=tuple(layers[:number]),
+        head=_head(spec),
+        bridges=tuple(bridges),
+        last_layers=tuple(layers[number:]),
+        last_extras=_multi_token_prediction(spec),
+    )
 
 
 # -- layers ----------------------------------------------------------------------------------------------------
 
 
-def _layers(spec: ModelSpec, stack: StackSpec, tokens: AxisName, name: str, source: Tensor | None) -> list[Graph]:
+def _layers(
+    spec: ModelSpec, blocks: tuple[BlockSpec, ...], tokens: AxisName, name: str, source: Tensor | None
+) -> list[Graph]:
     distinct: dict[BlockSpec, Graph] = {}
-    for block in stack.layers:
+    for block in blocks:
         if block not in distinct:
             builder = Builder(spec, tokens)
             end = _block(builder, block, source)
             label = name if not distinct else f"{name} (kind {len(distinct) + 1})"
             borrowed = (source,) if source else ()
             distinct[block] = builder.graph(label, builder.stream("x"), end, borrows=borrowed)
-    return [distinct[block] for block in stack.layers]
+    return [distinct[block] for block in blocks]
 
 
 def _block(b: Builder, spec: BlockSpec, source: Tensor | None) -> Tensor:
@@ -74,7 +85,7 @@ def _block(b: Builder, spec: BlockSpec, source: Tensor | None) -> Tensor:
         h = sublayer(h)
         if placement in ("sandwich", "output"):
             h = b.norm(spec.norm, h, f"{name}_post_norm")
-        x = b.residual(x, (h,), f"{name}_residual")
+        x = b.residual(x, (h,), f"{name}_residual", spec.residual_scale)
         if placement == "post":
             x = b.norm(spec.norm, x, f"{name}_norm")
     return x
@@ -90,7 +101,7 @@ def _parallel_block(b: Builder, spec: BlockSpec, x: Tensor) -> Tensor:
     branches: tuple[Tensor, ...] = (_mixer(b, spec.mixer, h),)
     if spec.mlp is not None:
         branches += (feed_forward(b, spec.mlp, g),)
-    return b.residual(x, branches, "residual")
+    return b.residual(x, branches, "residual", spec.residual_scale)
 
 
 # -- embedding ---------------------------------------------------------------------------------------------------
@@ -110,13 +121,13 @@ def _embedding(b: Builder, stack: StackSpec, name: str, shared: bool, lends: tup
     spec = b.spec
     width = Axis("hidden", spec.embedding_size or spec.hidden_size)
     ids = Tensor("ids", (b.tokens,), "index")
-    tables = [Weight("token.weight", (Axis("vocab", spec.vocab_size), width), "embedding", tied=shared)]
+    tables = [Weight("token.weight", (Axis("vocab", spec.padded_vocab_size), width), "embedding", tied=shared)]
     if stack.positions:
         tables.append(Weight("position.weight", (Axis("fixed", stack.positions), b.hidden), "embedding"))
     if stack.type_vocab_size:
         tables.append(Weight("type.weight", (Axis("fixed", stack.type_vocab_size), b.hidden), "embedding"))
     out = Tensor("embedding", (b.tokens, width))
-    x = b.add(Embedding, "embedding", "embedding", (ids,), (out,), tuple(tables))
+    x = b.add(Embedding, "embedding", "embedding", (ids,), (out,), tuple(tables), computed=int(stack.sinusoidal))
     if spec.embedding_size:
         (x,) = b.project("project_in", x, {"project_in": ("projected", b.hidden)}, "projection", False)
     if stack.embedding_norm is not None:
@@ -156,7 +167,45 @@ def _head(spec: ModelSpec) -> Graph:
     if spec.embedding_size:
         width = Axis("hidden", spec.embedding_size)
         (x,) = b.project("project_out", x, {"project_out": ("projected_out", width)}, "projection", False)
-    vocab = {"lm_head": ("logits", Axis("vocab", spec.vocab_size))}
-    logits = b.project("lm_head", x, vocab, "head", spec.head.bias, tied=spec.head.tied, dtype="logits")
-    loss = b.add(Loss, "loss", "loss", logits, (Tensor("loss", (Axis("fixed"),), "float32"),))
-    return b.graph("head", start, loss)
+    return b.graph("head", start, _loss(b, x, spec.head.tied))
+
+
+def _loss(b: Builder, x: Tensor, tied: bool, beside: bool = False) -> Tensor:
+    spec = b.spec
+    vocab = {"lm_head": ("logits", Axis("vocab", spec.padded_vocab_size))}
+    logits = b.project("lm_head", x, vocab, "head", spec.head.bias, tied=tied, beside=beside, dtype="logits")
+    return b.add(Loss, "loss", "loss", logits, (Tensor("loss", (Axis("fixed"),), "float32"),))
+
+
+# -- multi-token prediction --------------------------------------------------------------------------------------
+
+_MTP = "multi_token_prediction"
+
+
+def _multi_token_prediction(spec: ModelSpec) -> tuple[Graph, ...]:
+    """Before and after the layer of each module (DeepSeek-V3, arXiv:2412.19437, equations 21 to 23)."""
+    graphs: list[Graph] = []
+    norm = spec.decoder.final_norm
+    for index, _ in enumerate(spec.multi_token_prediction):
+        assert norm is not None
+        # On the last pipeline rank the modules share one copy of the token table, with a tied head if there is one.
+        graphs.append(_mtp_stem(spec, norm, beside=index > 0 or spec.head.tied))
+        b = Builder(spec)
+        start = b.stream("x")
+        x = b.norm(norm, start, "final_norm", _MTP)
+        graphs.append(b.graph("multi-token prediction head", start, _loss(b, x, tied=True, beside=True)))
+    return tuple(graphs)
+
+
+def _mtp_stem(spec: ModelSpec, norm: NormSpec, beside: bool) -> Graph:
+    b = Builder(spec)
+    x, ids = b.stream("x"), Tensor("next_ids", (b.tokens,), "index")
+    table = (Axis("vocab", spec.padded_vocab_size), b.hidden)
+    token = Weight("token.weight", table, "embedding", tied=True, beside=beside)
+    embedding = b.add(Embedding, "embedding", "embedding", (ids,), (b.stream("next_embedding"),), (token,))
+    hidden = b.norm(norm, x, "hidden_norm", _MTP)
+    embedded = b.norm(norm, embedding, "embedding_norm", _MTP)
+    both = Tensor("next_input", (b.tokens, Axis("hidden", 2 * spec.hidden_size)))
+    joined = b.add(Concat, "concat", _MTP, (hidden, embedded), (both,))
+    (out,) = b.project("projection", joined, {"projection": ("projected", b.hidden)}, _MTP, False)
+    return b.graph("multi-token prediction stem", x, out)

@@ -83,20 +83,22 @@ class Builder:
         component: str,
         bias: bool,
         tied: bool = False,
+        beside: bool = False,
         dtype: str = "activation",
     ) -> tuple[Tensor, ...]:
         """``x`` times one weight per entry of ``outputs`` (weight name -> tensor name and axis), side by side."""
         weights: list[Weight] = []
         results: list[Tensor] = []
         for weight, (tensor, axis) in outputs.items():
-            weights.append(Weight(f"{weight}.weight", (x.axes[-1], axis), component, tied=tied))
+            weights.append(Weight(f"{weight}.weight", (x.axes[-1], axis), component, tied=tied, beside=beside))
             if bias:
-                weights.append(Weight(f"{weight}.bias", (axis,), component))
+                weights.append(Weight(f"{weight}.bias", (axis,), component, tied=beside, beside=beside))
             results.append(Tensor(tensor, (*x.axes[:-1], axis), dtype))  # type: ignore[arg-type]
         self.add(Projection, name, component, (x,), tuple(results), tuple(weights), bias=bias)
         return tuple(results)
 
-    def residual(self, x: Tensor, branches: tuple[Tensor, ...], name: str) -> Tensor:
-        """The residual stream plus one or more branches."""
+    def residual(self, x: Tensor, branches: tuple[Tensor, ...], name: str, scale: float = 1.0) -> Tensor:
+        """The residual stream, scaled, plus one or more branches."""
         dropout = self.spec.hidden_dropout > 0
-        return self.add(Residual, name, "residual", (x, *branches), (self.stream(name),), dropout=dropout)
+        out = (self.stream(name),)
+        return self.add(Residual, name, "residual", (x, *branches), out, dropout=dropout, scaled=scale != 1.0)

@@ -91,7 +91,7 @@ def catalog_entries() -> tuple[CatalogEntry, ...]:
     return tuple(_index().values())
 
 
-def load_model(name_or_path: str | os.PathLike[str]) -> ModelSpec:
+def load_model(name_or_path: str | os.PathLike[str], *, mtp: bool = False, vocab_multiple: int = 1) -> ModelSpec:
     """The spec of a model of the catalog, or of a ``config.json``.
 
     Parameters
@@ -99,6 +99,10 @@ def load_model(name_or_path: str | os.PathLike[str]) -> ModelSpec:
     name_or_path : str or path
         A name of the catalog or a hub id of one of its models (upper and lower case alike), a ``config.json``, or a
         folder that holds one. A name of the catalog wins over a file of the same name.
+    mtp : bool
+        Include the multi-token-prediction modules that the config states.
+    vocab_multiple : int
+        Pad the vocabulary up to a multiple of this.
 
     Raises
     ------
@@ -117,12 +121,12 @@ def load_model(name_or_path: str | os.PathLike[str]) -> ModelSpec:
     given = os.fspath(name_or_path)
     name = _name(given)
     if name is not None:
-        return _load(name)
+        return _load(name, mtp, vocab_multiple)
     path = Path(given)
     # os.path.exists says no, instead of raising, to names that cannot be paths.
     looks_like_a_path = path.suffix == ".json" or path.is_absolute() or given.startswith(".")
     if "\0" not in given and (looks_like_a_path or os.path.exists(given)):
-        return spec_from_config(read_config(given), _path_name(path))
+        return spec_from_config(read_config(given), _path_name(path), mtp=mtp, vocab_multiple=vocab_multiple)
     hint = "(the names are printed by `simllm models list`; a config.json, or a folder that holds one, is accepted too)"
     raise unknown_name("model", given, catalog_names(), hint)
 
@@ -147,9 +151,9 @@ def _path_name(path: Path) -> str:
 
 
 @cache
-def _load(name: str) -> ModelSpec:
+def _load(name: str, mtp: bool, vocab_multiple: int) -> ModelSpec:
     entry = _index()[name]
-    spec = spec_from_config(read_config(entry.config), name)
+    spec = spec_from_config(read_config(entry.config), name, mtp=mtp, vocab_multiple=vocab_multiple)
     return replace(
         spec,
         family=entry.family,

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from simllm.errors import InputError, UnsupportedError, unknown_name
-from simllm.models.families import Family, families_of, model_types
-from simllm.models.families.fields import Values, lookup, short
+from simllm.models.families import FAMILIES, Family, families_of, model_types
+from simllm.models.families.fields import Values, count, lookup, short
 from simllm.models.spec import ModelSpec
 
 __all__ = ["read_config", "spec_from_config"]
@@ -94,7 +94,7 @@ def _json_kind(value: object) -> str:
     return kinds[type(value)]
 
 
-def spec_from_config(config: Mapping[str, Any], name: str) -> ModelSpec:
+def spec_from_config(config: Mapping[str, Any], name: str, *, mtp: bool = False, vocab_multiple: int = 1) -> ModelSpec:
     """Turn the contents of a ``config.json`` into a spec.
 
     Parameters
@@ -103,11 +103,16 @@ def spec_from_config(config: Mapping[str, Any], name: str) -> ModelSpec:
         As `read_config` returns it.
     name : str
         What the model is called in tables and messages.
+    mtp : bool
+        Include the multi-token-prediction modules that the config states; transformers' classes leave them out.
+    vocab_multiple : int
+        Pad the vocabulary up to a multiple of this.
 
     Raises
     ------
     InputError
-        The ``model_type`` is missing or unknown, a needed field is missing, or a value cannot be used.
+        The ``model_type`` is missing or unknown, a needed field is missing, or a value cannot be used; ``mtp`` is asked
+        for and the config states no such module.
     UnsupportedError
         A key asks for something that would change the model and is not modelled.
 
@@ -127,14 +132,19 @@ def spec_from_config(config: Mapping[str, Any], name: str) -> ModelSpec:
         _refuse(text, key, allowed, where)
     values = Values(text, family.table, where)
     spec = family.build(values)
-    return replace(
+    modules = _mtp_modules(text, where)
+    spec = replace(
         spec,
         name=name,
         family=family.title,
         model_type=model_type,
         tokenizer=family.tokenizer,
-        notes=spec.notes + _notes(config, text),
+        vocab_multiple=vocab_multiple,
+        multi_token_prediction=(spec.decoder.layers[-1],) * modules if mtp else (),
     )
+    if mtp and not modules:
+        raise InputError(f"{where}: multi-token prediction was asked for, but the config has no {_MTP_KEY} above zero")
+    return replace(spec, notes=spec.notes + _notes(config, spec, modules))
 
 
 def _family(config: Mapping[str, Any], name: str) -> Family:
@@ -154,13 +164,29 @@ def _family(config: Mapping[str, Any], name: str) -> Family:
 
 
 def _unknown_hint(config: Mapping[str, Any], name: str) -> str:
-    understood = [f"{meaning}={short(config[key])}" for meaning, keys in _COMMON for key in keys if key in config]
-    parts = [f"in the config of {name}.", f"Known model types: {', '.join(model_types())}."]
+    understood, advice = _understood(config), ""
     inner = config.get("text_config")
-    if isinstance(inner, Mapping) and inner.get("model_type") in model_types():
-        parts.append(f"Its text_config (model_type {inner['model_type']!r}) can be given as a config of its own.")
-    parts.append(f"Fields understood: {', '.join(understood) or 'none'}.")
-    return " ".join(parts)
+    if isinstance(inner, Mapping):
+        understood += [f"text_config.{field}" for field in _understood(inner)]
+        if inner.get("model_type") in model_types():
+            advice = f" Its text_config (model_type {inner['model_type']!r}) can be given as a config of its own."
+    return (
+        f"(config of {name}). Fields understood: {', '.join(understood) or 'none'}.{advice} "
+        f"Known families, with their model_type: {_known_families()}"
+    )
+
+
+def _understood(config: Mapping[str, Any]) -> list[str]:
+    return [f"{meaning}={short(config[key])}" for meaning, keys in _COMMON for key in keys if key in config]
+
+
+def _known_families() -> str:
+    """Titles in alphabetical order, each with the model types that configs of the family have."""
+    types: dict[str, list[str]] = {}
+    for family in sorted(FAMILIES, key=lambda family: family.title.casefold()):
+        known = types.setdefault(family.title, [])
+        known += [model_type for model_type in family.model_types if model_type not in known]
+    return ", ".join(f"{title} ({' or '.join(names)})" for title, names in types.items())
 
 
 def _text_model(config: Mapping[str, Any], family: Family, where: str) -> Mapping[str, Any]:
@@ -179,7 +205,17 @@ def _refuse(config: Mapping[str, Any], key: str, allowed: tuple[Any, ...], where
         raise UnsupportedError(f"{where}: {key}={short(value)} is not modelled; supported: {choices}")
 
 
-def _notes(config: Mapping[str, Any], text: Mapping[str, Any]) -> tuple[str, ...]:
+#: How configs call the number of multi-token-prediction modules.
+_MTP_KEY = "num_nextn_predict_layers"
+_MTP_KEYS = (_MTP_KEY, "num_mtp_layers", "num_mtp_modules")
+
+
+def _mtp_modules(text: Mapping[str, Any], where: str) -> int:
+    field = count(*_MTP_KEYS, default=0)
+    return Values(text, {"modules": field}, where).integer("modules")
+
+
+def _notes(config: Mapping[str, Any], spec: ModelSpec, modules: int) -> tuple[str, ...]:
     """What the config says beside the text model's own parameters, in words."""
     notes: list[str] = []
     quantization = config.get("quantization_config")
@@ -190,9 +226,17 @@ def _notes(config: Mapping[str, Any], text: Mapping[str, Any]) -> tuple[str, ...
         )
     if any(isinstance(config.get(key), Mapping) for key in ("vision_config", "audio_config")):
         notes.append("text model only: the vision or audio towers of the config are not counted")
-    extra = text.get("num_nextn_predict_layers") or text.get("num_mtp_layers")
-    if extra:
+    if modules and not spec.multi_token_prediction:
+        which = "1 multi-token-prediction module" if modules == 1 else f"{modules} multi-token-prediction modules"
+        notes.append(f"not counted, as in transformers' class: {which} of the config; --mtp counts them")
+    elif modules:
+        copies = (1 + (not spec.head.tied)) * modules * spec.padded_vocab_size * spec.hidden_size
         notes.append(
-            f"{extra} multi-token-prediction layer(s) of the config are not counted, as in transformers' class"
+            "multi-token prediction: token table and head are the model's own and counted once; a checkpoint that "
+            f"repeats them in every module stores {copies:,} parameters more"
+        )
+    if spec.padded_vocab_size != spec.vocab_size:
+        notes.append(
+            f"vocabulary of {spec.vocab_size} padded to {spec.padded_vocab_size}, a multiple of {spec.vocab_multiple}"
         )
     return tuple(notes)

@@ -36,6 +36,8 @@ class ParameterCounts:
         The output matrix and its bias; 0 when the matrix is the token table.
     non_embedding : int
         ``total - embedding - lm_head``.
+    multi_token_prediction : int
+        Those of ``total`` that are in multi-token-prediction modules.
     by_component : dict of str to int
         Adds up to ``total``.
     """
@@ -45,6 +47,7 @@ class ParameterCounts:
     embedding: int
     lm_head: int
     non_embedding: int
+    multi_token_prediction: int
     by_component: dict[str, int]
 
 
@@ -89,13 +92,19 @@ def count_parameters(graph: ModelGraph) -> ParameterCounts:
         embedding=embedding,
         lm_head=lm_head,
         non_embedding=total - embedding - lm_head,
+        multi_token_prediction=sum(
+            weight.elements
+            for part in (*graph.last_layers, *graph.last_extras)
+            for weight in part.weights
+            if not weight.tied
+        ),
         by_component=by_component,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlopCounts:
-    """FLOPs of matrix products; norms, activations, softmax and look-ups count as zero.
+    """FLOPs of matrix products and convolutions; norms, activations, softmax and look-ups count as zero.
 
     Attributes
     ----------

@@ -66,12 +66,14 @@ class Tensor:
     """An activation.
 
     ``dtype``: activation (the compute precision), float32, mask (1 byte), index (8 bytes), or logits, whose bytes
-    depend on how the loss is implemented.
+    depend on how the loss is implemented. ``gathered``: it holds the tokens of the whole tp group, also where sequence
+    parallelism would split them.
     """
 
     name: str
     axes: tuple[Axis, ...]
     dtype: Literal["activation", "float32", "mask", "index", "logits"] = "activation"
+    gathered: bool = False
 
     @cached_property
     def tp_sharded(self) -> bool:
@@ -89,11 +91,17 @@ class Weight:
     active: tuple[int, int] = (1, 1)
     #: The weight is the same memory as another one (a tied head): it does work, but is counted there.
     tied: bool = False
+    #: Tied to a weight that every rank with this one holds in any case, so that no rank needs a copy for it.
+    beside: bool = False
 
     @cached_property
     def is_expert(self) -> bool:
         """Whether expert parallelism splits it."""
         return any(axis.name == "experts" for axis in self.axes)
+
+    def stored(self, keep_tied: bool) -> bool:
+        """Whether a rank has memory for it; ``keep_tied``: the weight it is tied to is on another pipeline rank."""
+        return not self.tied or (keep_tied and not self.beside)
 
     @cached_property
     def elements(self) -> int:
@@ -122,6 +130,14 @@ class Implementation:
         weight.
     rope : {"fused", "eager"}
     dropout_add : {"fused", "eager"}
+    sequence_gather : {"again", "kept"}
+        Under sequence parallelism, the input of a product that is split over its outputs: ``again`` keeps this rank's
+        tokens and gathers the others' again in the backward pass (Megatron; Korthikanti 2022, section 4.2.2); ``kept``
+        keeps the gathered tokens (PyTorch's DTensor, torchtitan).
+    router_weights : {"output", "activation"}
+        Where the router's weight of a token multiplies: the expert's ``output``, which is then kept (transformers), or
+        its ``activation`` (Megatron-Core's weighted SwiGLU), which has the same effect as long as the expert's last
+        product has no bias.
     activation_bytes : int
         Bytes of one element of an activation.
     logits_saved_bytes : float
@@ -136,6 +152,8 @@ class Implementation:
     norm: Literal["fused", "eager"] = "fused"
     rope: Literal["fused", "eager"] = "fused"
     dropout_add: Literal["fused", "eager"] = "fused"
+    sequence_gather: Literal["again", "kept"] = "again"
+    router_weights: Literal["output", "activation"] = "output"
     activation_bytes: int = 2
     logits_saved_bytes: float = 4.0
     loss_traffic_bytes: float = 20.0
@@ -224,7 +242,7 @@ class Layout:
 
     def elements(self, tensor: Tensor) -> int:
         """Elements of an activation on this rank."""
-        split = not tensor.tp_sharded
+        split = not (tensor.tp_sharded or tensor.gathered)
         count = 1
         for axis in tensor.axes:
             count *= self.size(axis, split)
@@ -311,24 +329,31 @@ class ModelGraph:
     bridges : tuple of (int, Graph)
         What stands between layers: for encoder-decoders, the encoder's final norm and the decoder's embedding stand
         before the layer with this index.
+    last_layers, last_extras : tuple of Graph
+        What stands beside the head without being one of the layers that are dealt out to pipeline ranks: the layers
+        of multi-token prediction, and what is around them.
     """
 
     stem: Graph
     layers: tuple[Graph, ...]
     head: Graph
     bridges: tuple[tuple[int, Graph], ...] = field(default=())
+    last_layers: tuple[Graph, ...] = field(default=())
+    last_extras: tuple[Graph, ...] = field(default=())
 
     @cached_property
     def parts(self) -> tuple[tuple[Graph, int], ...]:
         """Every distinct block with how often it occurs."""
-        result: list[tuple[Graph, int]] = [(self.stem, 1)]
+        outside = ((graph, 1) for graph in (*(bridge for _, bridge in self.bridges), *self.last_extras, self.head))
+        return ((self.stem, 1), *self.layer_parts, *outside)
+
+    @cached_property
+    def layer_parts(self) -> tuple[tuple[Graph, int], ...]:
+        """Every distinct layer with how often it occurs, those of multi-token prediction included."""
         order: list[Graph] = []
         times: dict[int, int] = {}
-        for layer in self.layers:
+        for layer in (*self.layers, *self.last_layers):
             if id(layer) not in times:
                 order.append(layer)
             times[id(layer)] = times.get(id(layer), 0) + 1
-        result.extend((layer, times[id(layer)]) for layer in order)
-        result.extend((bridge, 1) for _, bridge in self.bridges)
-        result.append((self.head, 1))
-        return tuple(result)
+        return tuple((layer, times[id(layer)]) for layer in order)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from simllm.models.build import build_graph
+from simllm.models.components import components
 from simllm.models.counts import (
     FlopCounts,
     ParameterCounts,
@@ -17,7 +18,7 @@ from simllm.models.counts import (
     kv_cache_bytes_per_token,
 )
 from simllm.models.graph import Layout, ModelGraph
-from simllm.models.spec import AttentionSpec, BlockSpec, MambaSpec, MLPSpec, ModelSpec, MoESpec
+from simllm.models.spec import ModelSpec
 
 __all__ = ["Model"]
 
@@ -38,8 +39,17 @@ class Model:
     spec: ModelSpec
 
     @classmethod
-    def load(cls, name_or_path: str | Path) -> Model:
+    def load(cls, name_or_path: str | Path, *, mtp: bool = False, vocab_multiple: int = 1) -> Model:
         """A model of the catalog by name, or a Hugging Face ``config.json`` or a folder holding one.
+
+        Parameters
+        ----------
+        name_or_path : str or Path
+        mtp : bool
+            Include the multi-token-prediction modules that the config states (DeepSeek-V3, arXiv:2412.19437, section
+            2.2); transformers' classes leave them out.
+        vocab_multiple : int
+            Pad the vocabulary up to a multiple of this, as Megatron-LM does (128 times the tensor-parallel degree).
 
         Raises
         ------
@@ -48,14 +58,16 @@ class Model:
         """
         from simllm.models.catalog import load_model
 
-        return cls(load_model(name_or_path))
+        return cls(load_model(name_or_path, mtp=mtp, vocab_multiple=vocab_multiple))
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], name: str = "model") -> Model:
-        """A model from the contents of a Hugging Face ``config.json``."""
+    def from_config(
+        cls, config: Mapping[str, Any], name: str = "model", *, mtp: bool = False, vocab_multiple: int = 1
+    ) -> Model:
+        """A model from the contents of a Hugging Face ``config.json``; the options are those of `load`."""
         from simllm.models.config import spec_from_config
 
-        return cls(spec_from_config(config, name))
+        return cls(spec_from_config(config, name, mtp=mtp, vocab_multiple=vocab_multiple))
 
     @property
     def name(self) -> str:
@@ -93,80 +105,5 @@ class Model:
 
     @cached_property
     def components(self) -> dict[str, str]:
-        """The components in words: tokenizer, position, norm, activation, attention, bias, parallel block."""
-        spec = self.spec
-        block = spec.decoder.layers[-1]
-        attention = next((b.mixer for b in spec.decoder.layers if isinstance(b.mixer, AttentionSpec)), None)
-        mlps = [b.mlp for b in spec.decoder.layers if b.mlp is not None]
-        dense = [mlp.expert if isinstance(mlp, MoESpec) else mlp for mlp in mlps]
-        return {
-            "tokenizer": spec.tokenizer,
-            "position": _position(spec, attention),
-            "norm": _norm(block),
-            "activation": _activation(dense[-1]) if dense else "silu (mixer)",
-            "attention": _attention(spec),
-            "bias": _bias(attention, dense[-1] if dense else None),
-            "parallel_block": "yes" if block.parallel else "no",
-            "experts": _experts(mlps),
-            "head": "tied to the token table" if spec.head.tied else "own matrix",
-        }
-
-
-def _position(spec: ModelSpec, attention: AttentionSpec | None) -> str:
-    if spec.decoder.relative_attention_num_buckets:
-        return "relative bias (buckets)"
-    if spec.decoder.positions:
-        return "learned absolute"
-    kind = attention.position if attention else "none"
-    names = {"rope": "RoPE", "alibi": "ALiBi", "relative": "relative bias", "transformer-xl": "Transformer-XL relative"}
-    return names.get(kind, "none")
-
-
-def _norm(block: BlockSpec) -> str:
-    kind = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}[block.norm.kind]
-    if not block.norm.affine:
-        kind += " without weights"
-    elif block.norm.kind == "layernorm" and not block.norm.bias:
-        kind += " without bias"
-    qk = isinstance(block.mixer, AttentionSpec) and block.mixer.qk_norm is not None
-    return f"{kind}, {block.norm_placement}" + (", QK-norm" if qk else "")
-
-
-def _activation(mlp: MLPSpec) -> str:
-    gated = {"silu": "SwiGLU", "swish": "SwiGLU", "gelu": "GeGLU", "relu": "ReGLU"}
-    if not mlp.gated:
-        return mlp.activation
-    return next((name for key, name in gated.items() if mlp.activation.startswith(key)), f"gated {mlp.activation}")
-
-
-def _attention(spec: ModelSpec) -> str:
-    kinds: list[str] = []
-    for block in spec.decoder.layers:
-        mixer = block.mixer
-        if isinstance(mixer, MambaSpec):
-            text = "Mamba"
-        else:
-            text = mixer.kind + (f" with window {mixer.sliding_window}" if mixer.sliding_window else "")
-        if text not in kinds:
-            kinds.append(text)
-    return " + ".join(kinds)
-
-
-def _bias(attention: AttentionSpec | None, mlp: MLPSpec | None) -> str:
-    where = []
-    if attention and attention.qkv_bias:
-        where.append("q, k, v")
-    if attention and attention.out_bias:
-        where.append("attention output")
-    if mlp and mlp.bias:
-        where.append("MLP")
-    return ", ".join(where) or "none"
-
-
-def _experts(mlps: list[MLPSpec | MoESpec]) -> str:
-    sparse = [mlp for mlp in mlps if isinstance(mlp, MoESpec)]
-    if not sparse:
-        return "none"
-    moe = sparse[-1]
-    text = f"{moe.num_experts_per_tok} of {moe.num_experts} in {len(sparse)} of {len(mlps)} layers"
-    return text + (", shared expert" if moe.shared else "")
+        """The components in words: tokenizer, position, norm, activation, attention, bias, parallel block, ..."""
+        return components(self.spec)

@@ -6,7 +6,7 @@ count what a chain of single PyTorch operators moves instead.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from simllm.models.graph import Axis, Implementation, Layout, Operator, Tensor
 from simllm.models.work import AttentionWork, Gemm, GroupedGemm, Stream, Work, attended_pairs
@@ -15,6 +15,7 @@ __all__ = [
     "Activation",
     "Attention",
     "Combine",
+    "Concat",
     "Conv1d",
     "Dispatch",
     "Dropout",
@@ -53,6 +54,11 @@ def _kept_by_function(
         return (result,)
     chain = _EAGER_CHAIN.get(function, 0) if impl.activation == "eager" else 0
     return (x, *(Tensor(f"{operator}.{function}_{step}", x.axes) for step in range(chain)))
+
+
+def _weighted(result: Tensor, impl: Implementation) -> bool:
+    """Whether an expert's activation is multiplied with the router's weight of its token."""
+    return impl.router_weights == "activation" and result.axes[0].name == "routed"
 
 
 def _bytes(layout: Layout, impl: Implementation, *tensors: Tensor) -> float:
@@ -95,7 +101,10 @@ class Projection(Operator):
         return (product, Stream(_bytes(layout, impl, *self.outputs)))
 
     def saved(self, impl: Implementation) -> tuple[Tensor, ...]:
-        return self.inputs[:1]
+        x = self.inputs[0]
+        if impl.sequence_gather == "kept" and not x.tp_sharded and any(out.tp_sharded for out in self.outputs):
+            return (replace(x, gathered=True),)
+        return (x,)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -283,7 +292,13 @@ class Activation(Operator):
         return (Stream(_bytes(layout, impl, self.inputs[0], self.outputs[0], self.inputs[0])),)
 
     def saved(self, impl: Implementation) -> tuple[Tensor, ...]:
-        return _kept_by_function(self.function, self.inputs[0], self.outputs[0], impl, self.name)
+        x, result = self.inputs[0], self.outputs[0]
+        if not _weighted(result, impl):
+            return _kept_by_function(self.function, x, result, impl, self.name)
+        if impl.activation == "fused":
+            return (x,)
+        result = Tensor(f"{self.name}.unweighted", result.axes)
+        return (*_kept_by_function(self.function, x, result, impl, self.name), result)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -305,7 +320,10 @@ class GatedActivation(Operator):
             return self.inputs
         gate, up = self.inputs
         result = Tensor(f"{self.name}.{self.function}", gate.axes)
-        return (*_kept_by_function(self.function, gate, result, impl, self.name), result, up)
+        kept = (*_kept_by_function(self.function, gate, result, impl, self.name), result, up)
+        if _weighted(self.outputs[0], impl):
+            kept += (Tensor(f"{self.name}.unweighted", self.outputs[0].axes),)
+        return kept
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -329,10 +347,12 @@ class Dropout(Operator):
 class Residual(Operator):
     """The sum of the residual stream and one or more branches, with dropout on the branches.
 
-    Its backward is the sum of the gradients that meet where the branches left the stream.
+    Its backward is the sum of the gradients that meet where the branches left the stream. ``scaled``: the stream is
+    multiplied by a constant first, a kernel of its own each way that keeps nothing (DeepNorm, arXiv:2203.00555).
     """
 
     dropout: bool = False
+    scaled: bool = False
 
     def _mask(self) -> Tensor:
         return Tensor(f"{self.name}.dropout_mask", self.outputs[0].axes, "mask")
@@ -346,6 +366,9 @@ class Residual(Operator):
             if impl.dropout_add == "eager":
                 moved += 2 * one
                 kernels += 1
+        if self.scaled:
+            moved += 2 * one
+            kernels += 1
         return (Stream(moved, kernels),)
 
     def backward_input(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
@@ -353,7 +376,9 @@ class Residual(Operator):
         moved = 3 * one
         if self.dropout:
             moved += 2 * one + layout.elements(self.outputs[0])
-        return (Stream(moved, 1 + self.dropout),)
+        if self.scaled:
+            moved += 2 * one
+        return (Stream(moved, 1 + self.dropout + self.scaled),)
 
     def saved(self, impl: Implementation) -> tuple[Tensor, ...]:
         return (self._mask(),) if self.dropout else ()
@@ -361,10 +386,15 @@ class Residual(Operator):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Embedding(Operator):
-    """Rows of one or more tables, summed: token, position and type embeddings."""
+    """Rows of one or more tables, summed: token, position and type embeddings.
+
+    ``computed``: tables among them that are not trained (sinusoidal positions): they are read, and have no gradient.
+    """
+
+    computed: int = 0
 
     def forward(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
-        rows = sum(len(weight.axes) > 1 for weight in self.weights)
+        rows = sum(len(weight.axes) > 1 for weight in self.weights) + self.computed
         return (Stream(_bytes(layout, impl, self.outputs[0]) * (rows + 1), rows),)
 
     def backward_input(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
@@ -377,12 +407,24 @@ class Embedding(Operator):
 
     def saved(self, impl: Implementation) -> tuple[Tensor, ...]:
         if self.inputs:
-            return self.inputs
+            # Ids enter before sequence parallelism splits the tokens.
+            return tuple(replace(ids, gathered=True) for ids in self.inputs)
         # A relative bias has no ids: it keeps the bucket of every query and key. Flash attention needs the bias itself
         # again, once for all layers; unfused attention only adds it to the scores.
         bias = self.outputs[0]
         buckets = Tensor(f"{self.name}.buckets", bias.axes[1:], "index")
         return (bias, buckets) if impl.attention == "flash" else (buckets,)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Concat(Operator):
+    """Two tensors side by side along the hidden axis: keeps nothing."""
+
+    def forward(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
+        return (Stream(2 * _bytes(layout, impl, self.outputs[0])),)
+
+    def backward_input(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
+        return self.forward(layout, impl)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -397,7 +439,7 @@ class Loss(Operator):
 
     def saved(self, impl: Implementation) -> tuple[Tensor, ...]:
         logits = self.inputs[0]
-        return (logits, Tensor(f"{self.name}.labels", logits.axes[:-1], "index"))
+        return (logits, Tensor(f"{self.name}.labels", logits.axes[:-1], "index", gathered=True))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -454,7 +496,7 @@ class Dispatch(Operator):
 class Combine(Operator):
     """Brings the experts' results back into token order and sums them with the router's weights.
 
-    It keeps the experts' results and the float32 weight of each of their rows.
+    It keeps the float32 weight of each row, and the experts' results where the weight multiplies these.
     """
 
     def forward(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
@@ -466,18 +508,30 @@ class Combine(Operator):
 
     def saved(self, impl: Implementation) -> tuple[Tensor, ...]:
         routed = self.inputs[0]
-        return (routed, Tensor(f"{self.name}.weights", routed.axes[:1], "float32"))
+        weights = Tensor(f"{self.name}.weights", routed.axes[:1], "float32")
+        return (weights,) if impl.router_weights == "activation" else (routed, weights)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Conv1d(Operator):
     """A causal depth-wise convolution along the tokens with a short kernel."""
 
+    def _flops(self, layout: Layout) -> int:
+        channels, kernel = (layout.size(axis) for axis in self.weights[0].axes)
+        # As PyTorch's convolution, padded at both ends: every sequence has kernel - 1 results that are cut off again.
+        rows = layout.tokens(self.outputs[0], gathered=True) + layout.batch * (kernel - 1)
+        return 2 * rows * channels * kernel
+
     def forward(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
-        return (Stream(_bytes(layout, impl, self.inputs[0], self.outputs[0])),)
+        return (Stream(_bytes(layout, impl, self.inputs[0], self.outputs[0]), 1, self._flops(layout)),)
 
     def backward_input(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
-        return (Stream(_bytes(layout, impl, self.inputs[0], self.outputs[0], self.inputs[0])),)
+        moved = _bytes(layout, impl, self.inputs[0], self.outputs[0], self.inputs[0])
+        return (Stream(moved, 1, self._flops(layout)),)
+
+    def backward_weight(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
+        # The kernel that makes the input's gradient makes the weight's with it.
+        return (Stream(0.0, 0, self._flops(layout)),)
 
     def saved(self, impl: Implementation) -> tuple[Tensor, ...]:
         return self.inputs
@@ -487,14 +541,20 @@ class Conv1d(Operator):
 class Scan(Operator):
     """The selective scan of a state-space mixer (Mamba, arXiv:2312.00752, section 3.3): one fused kernel.
 
-    Reads its inputs and writes its output; the state stays on chip and is recomputed in the backward pass.
+    Reads its inputs and writes its output; the state stays on chip and is recomputed in the backward pass. Of its FLOPs
+    the product of the state with C counts, the one that is a matrix product; the recurrence is elementwise.
     """
 
+    def _flops(self, layout: Layout) -> int:
+        state = self.inputs[3].axes[-1]
+        return 2 * layout.elements(self.outputs[0]) * layout.size(state)
+
     def forward(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
-        return (Stream(_bytes(layout, impl, *self.inputs, *self.outputs)),)
+        return (Stream(_bytes(layout, impl, *self.inputs, *self.outputs), 1, self._flops(layout)),)
 
     def backward_input(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
-        return (Stream(2 * _bytes(layout, impl, *self.inputs) + _bytes(layout, impl, *self.outputs)),)
+        moved = 2 * _bytes(layout, impl, *self.inputs) + _bytes(layout, impl, *self.outputs)
+        return (Stream(moved, 1, 2 * self._flops(layout)),)
 
     def saved(self, impl: Implementation) -> tuple[Tensor, ...]:
         return self.inputs

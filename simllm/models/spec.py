@@ -117,8 +117,8 @@ class MambaSpec:
     dt_rank: int
     conv_bias: bool = True
     proj_bias: bool = False
-    #: RMSNorms on dt, B and C inside the mixer (Jamba, arXiv:2403.19887).
-    inner_norms: bool = False
+    #: Norms on dt, B and C inside the mixer (Jamba, arXiv:2403.19887).
+    inner_norm: NormSpec | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +135,8 @@ class BlockSpec:
     mlp: MLPSpec | MoESpec | None
     norm: NormSpec
     norm_placement: Literal["pre", "post", "sandwich", "output"] = "pre"
+    #: Factor on the residual stream before a branch is added to it (DeepNorm's alpha, arXiv:2203.00555, section 3).
+    residual_scale: float = 1.0
     cross_attention: AttentionSpec | None = None
     parallel: bool = False
     shared_norm: bool = False
@@ -150,6 +152,8 @@ class StackSpec:
         In order; equal layers are one object or equal objects.
     positions : int
         Rows of the learned position table (0: none), offsets included.
+    sinusoidal : bool
+        Positions are added from a table that is computed, not trained (arXiv:1706.03762, section 3.5).
     type_vocab_size : int
         Rows of the token-type table (BERT); 0: none.
     embedding_norm, final_norm : NormSpec or None
@@ -159,6 +163,7 @@ class StackSpec:
 
     layers: tuple[BlockSpec, ...]
     positions: int = 0
+    sinusoidal: bool = False
     type_vocab_size: int = 0
     embedding_norm: NormSpec | None = None
     final_norm: NormSpec | None = None
@@ -183,6 +188,15 @@ class ModelSpec:
 
     Attributes
     ----------
+    vocab_size : int
+        Tokens of the vocabulary.
+    vocab_multiple : int
+        Rows of the token table and the head are padded up to a multiple of this; Megatron-LM takes its
+        ``--make-vocab-size-divisible-by`` times the tensor-parallel degree.
+    multi_token_prediction : tuple of BlockSpec
+        The layer of each multi-token-prediction module (DeepSeek-V3, arXiv:2412.19437, section 2.2). A module has its
+        layer, two norms and a projection of its own before it and a norm after it; token table and head are the
+        model's.
     embedding_size : int
         Width of the token table when it is not ``hidden_size`` (OPT-350m: 512, with projections in and out).
     hidden_dropout, attention_dropout : float
@@ -200,6 +214,8 @@ class ModelSpec:
     decoder: StackSpec
     encoder: StackSpec | None = None
     head: HeadSpec = field(default_factory=lambda: HeadSpec(tied=False))
+    vocab_multiple: int = 1
+    multi_token_prediction: tuple[BlockSpec, ...] = ()
     embedding_size: int | None = None
     context_length: int | None = None
     tokenizer: str = "unknown"
@@ -211,3 +227,8 @@ class ModelSpec:
     def num_hidden_layers(self) -> int:
         """Layers of all stacks together."""
         return len(self.decoder.layers) + (len(self.encoder.layers) if self.encoder else 0)
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the token table."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple

@@ -142,10 +142,10 @@ def mamba(b: Builder, spec: MambaSpec, x: Tensor) -> Tensor:
     u = b.add(Activation, "conv_act", component, (u,), (Tensor("u_act", u.axes),), function="silu")
     parts = {"dt": ("dt_low", dt), "B": ("B", state), "C": ("C", state)}
     dt_low, b_in, c_out = b.project("x_proj", u, parts, component, False)
-    if spec.inner_norms:
-        dt_low = b.norm(_RMS, dt_low, "dt_norm", component)
-        b_in = b.norm(_RMS, b_in, "B_norm", component)
-        c_out = b.norm(_RMS, c_out, "C_norm", component)
+    if spec.inner_norm is not None:
+        dt_low = b.norm(spec.inner_norm, dt_low, "dt_norm", component)
+        b_in = b.norm(spec.inner_norm, b_in, "B_norm", component)
+        c_out = b.norm(spec.inner_norm, c_out, "C_norm", component)
     (step,) = b.project("dt_proj", dt_low, {"dt_proj": ("dt", inner)}, component, True)
     scan_weights = (Weight("A_log", (inner, state), component), Weight("D", (inner,), component))
     y = b.add(Scan, "scan", component, (u, step, b_in, c_out, z), (Tensor("y", u.axes),), scan_weights)

@@ -79,20 +79,19 @@ class AttentionWork(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """Bytes read and written by a bandwidth-bound kernel; ``kernels`` launches."""
+    """Bytes read and written by a bandwidth-bound kernel; ``kernels`` launches.
+
+    ``flops``: of a product or convolution inside the kernel; everything else counts as zero.
+    """
 
     bytes: float
     kernels: int = 1
-
-    @property
-    def flops(self) -> int:
-        """Zero: only matrix products count."""
-        return 0
+    flops: int = 0
 
     @property
     def masked_flops(self) -> int:
-        """Zero: only matrix products count."""
-        return 0
+        """The same: no mask applies."""
+        return self.flops
 
 
 Work = Gemm | GroupedGemm | AttentionWork | Stream

@@ -139,12 +139,11 @@ class Plan:
         """ZeRO stage 3, also inside HSDP groups."""
         return self.zero in ("3", "hsdp")
 
-    def layout(self, seq_len: int, source_len: int = 0, prefix_len: int = 0, vocab_multiple: int = 1) -> Layout:
+    def layout(self, seq_len: int, prefix_len: int = 0, vocab_multiple: int = 1) -> Layout:
         """Axis lengths of one micro-batch on one rank."""
         return Layout(
             batch=self.micro_batch_size,
             seq_len=seq_len,
-            source_len=source_len,
             tp=self.tp,
             cp=self.cp,
             ep=self.ep,

@@ -1,4 +1,4 @@
-"""Pictures, where they are asked for: sweeps of collectives, and where the time and the memory of a plan go.
+"""Pictures, where they are asked for: where the time and the memory of a plan go.
 
 Pictures come back as bytes in the format asked for; matplotlib is loaded here and only here, and needs no display.
 """
@@ -6,49 +6,15 @@ Pictures come back as bytes in the format asked for; matplotlib is loaded here a
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from simllm.hardware import Cluster
-    from simllm.network import CollectiveCost, Group
     from simllm.training import Estimate
 
-__all__ = ["plot_collectives", "plot_estimate"]
-
-
-def plot_collectives(cluster: Cluster, group: Group, costs: Sequence[CollectiveCost], picture: str) -> bytes:
-    """Time and bus bandwidth of a collective over its size.
-
-    Parameters
-    ----------
-    cluster : Cluster
-    group : Group
-    costs : sequence of CollectiveCost
-        By rising size.
-    picture : str
-        ``png``, ``svg`` or ``pdf``.
-    """
-    figure, (left, right) = _figure()
-    sizes = [cost.size_bytes for cost in costs]
-    left.loglog(sizes, [cost.time_s * 1e6 for cost in costs], marker="o", markersize=3)
-    left.set_ylabel("time (us)")
-    right.plot(sizes, [cost.busbw / 1e9 for cost in costs], color="0.8", zorder=0)
-    for algorithm in dict.fromkeys(cost.algorithm for cost in costs):
-        points = [(cost.size_bytes, cost.busbw / 1e9) for cost in costs if cost.algorithm == algorithm]
-        right.plot(*zip(*points, strict=True), marker="o", markersize=3, label=algorithm)
-    right.set_xscale("log")
-    right.set_ylim(bottom=0)
-    right.set_ylabel("bus bandwidth (GB/s)")
-    right.legend(title="algorithm", frameon=False)
-    for axes in (left, right):
-        axes.set_xlabel("size (bytes)")
-        axes.grid(visible=True, alpha=0.3)
-    figure.suptitle(f"{costs[-1].operation}, {group.size} ranks (stride {group.stride}) of {cluster.name}")
-    return _bytes(figure, picture)
+__all__ = ["plot_estimate"]
 
 
 def plot_estimate(answer: Estimate, picture: str) -> bytes:

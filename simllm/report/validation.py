@@ -12,10 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from simllm.report.text import heading, paragraph, table
+from simllm.validation.collectives import CollectiveReport, CollectiveResult
 from simllm.validation.runs import RunResult, ValidationReport
 
-__all__ = ["validation_report"]
+__all__ = ["collective_validation_report", "validation_report"]
 
+_COLLECTIVE_GROUPS = ("regime", "collective", "gpu", "system")
 _GROUPS = ("tier", "gpu", "framework", "stack")
 #: Reasons that a table names; the document has every row's.
 _REASONS_SHOWN = 12
@@ -45,6 +47,31 @@ def validation_report(report: ValidationReport) -> list[RenderableType]:
         *_unsupported(report.rows),
     ]
     return parts
+
+
+def collective_validation_report(report: CollectiveReport) -> list[RenderableType]:
+    """The errors of collectives to read.
+
+    Parameters
+    ----------
+    report : CollectiveReport
+    """
+    summary = report.summary
+    parts: list[RenderableType] = [
+        heading(
+            "Predicted against measured",
+            f"{summary['rows']} rows: {summary['ok']} priced, {summary['unsupported']} unsupported",
+        ),
+        paragraph(
+            "Errors are |predicted - measured| / measured of the time, out of place; every priced row counts once. "
+            "Bias above zero: predicted too slow. Rank: Spearman correlation of the time."
+        ),
+        *_scores("time", summary, _COLLECTIVE_GROUPS),
+    ]
+    for left_out, scores in report.cross_validation.items():
+        if isinstance(scores, Mapping):
+            parts += [Text(), _table(f"cross-validated by {left_out}", scores)]
+    return [*parts, *_unsupported(report.rows)]
 
 
 def _scores(what: str, summary: Mapping[str, Any], groups: Sequence[str]) -> list[RenderableType]:
@@ -80,7 +107,7 @@ def _percent(value: float | None, sign: bool = False) -> str:
     return f"{value:+.1f}%" if sign else f"{value:.1f}%"
 
 
-def _unsupported(rows: Sequence[RunResult]) -> list[RenderableType]:
+def _unsupported(rows: Sequence[RunResult | CollectiveResult]) -> list[RenderableType]:
     """Reasons with how often they occur; numbers in them differ from row to row and are left out."""
     reasons = Counter(re.sub(r"(?<!\w)\d[\d.,]*(?!\w)", "N", row.reason) for row in rows if row.status == "unsupported")
     if not reasons:

@@ -10,6 +10,7 @@ from simllm.errors import InputError
 from simllm.hardware import Cluster
 from simllm.kernels.profile import load_form
 from simllm.models import Model
+from simllm.models.conventions import FLOP_CONVENTIONS, training_flops
 from simllm.parallel.memory import StageMemory
 from simllm.parallel.plan import Plan, check_plan
 from simllm.parallel.stages import stage_weights
@@ -89,28 +90,29 @@ class Estimate:
         """Dense peak of the plan's precision on one GPU, FLOP/s."""
         return self.cluster.accelerator.peak_flops[load_form().precisions[self.plan.precision].peak]
 
-    def _utilisation(self, flops: float) -> float:
+    def model_flops(self, convention: str) -> float:
+        """FLOPs of a step as a convention counts them (`simllm.models.conventions`)."""
+        per_sequence = training_flops(self.model, self.training.seq_len, convention, self.plan.recompute)
+        return per_sequence * self.plan.global_batch_size
+
+    def utilisation(self, flops: float) -> float:
+        """So many FLOPs a step over the time and the peak of all GPUs."""
         return flops / self.step_time_s / self.plan.num_gpus / self.peak_flops
 
     @property
     def model_tflops_per_gpu(self) -> float:
-        """TFLOP/s per GPU over full attention, nothing recomputed."""
-        return self._step.flops()[0] / self.step_time_s / self.plan.num_gpus / 1e12
+        """TFLOP/s per GPU in the training's convention."""
+        return self.model_flops(self.training.flop_convention) / self.step_time_s / self.plan.num_gpus / 1e12
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs utilisation over full attention (arXiv:2204.02311, appendix B)."""
-        return self._utilisation(self._step.flops()[0])
-
-    @property
-    def mfu_masked(self) -> float:
-        """Model FLOPs utilisation with only the attended pairs counted."""
-        return self._utilisation(self._step.flops()[1])
+        """Model FLOPs utilisation in the training's convention (arXiv:2204.02311, appendix B)."""
+        return self.utilisation(self.model_flops(self.training.flop_convention))
 
     @property
     def hfu(self) -> float:
-        """Hardware FLOPs utilisation: with what is recomputed (arXiv:2205.05198, section 6.3)."""
-        return self._utilisation(self._step.flops()[0] + self._step.recompute_flops())
+        """Hardware FLOPs utilisation: what really runs, full attention (arXiv:2205.05198, section 6.3)."""
+        return self.utilisation(self.model_flops("full-attention") + self._step.recompute_flops())
 
     @property
     def step_time_interval_s(self) -> tuple[float, float]:
@@ -162,8 +164,9 @@ class Estimate:
             "tokens_per_s_per_gpu": self.tokens_per_s_per_gpu,
             "model_tflops_per_gpu": self.model_tflops_per_gpu,
             "mfu": self.mfu,
-            "mfu_masked": self.mfu_masked,
             "hfu": self.hfu,
+            "flop_convention": self.training.flop_convention,
+            "mfu_by_convention": {name: self.utilisation(self.model_flops(name)) for name in FLOP_CONVENTIONS},
             "fits": self.fits,
             "memory": {
                 "peak_bytes": self.peak_memory_bytes,

@@ -9,6 +9,7 @@ from typing import Literal
 
 from simllm.errors import InputError, unknown_name
 from simllm.hardware.stack import Stack, load_stack
+from simllm.models.conventions import FLOP_CONVENTIONS
 from simllm.parallel.states import StateBytes, optimizer_named, state_bytes
 
 __all__ = ["Training"]
@@ -21,9 +22,7 @@ class Training:
     Attributes
     ----------
     seq_len : int
-        Tokens in a sequence (of the decoder).
-    source_len : int
-        Tokens in a sequence of the encoder; 0: as ``seq_len``.
+        Tokens in a sequence; of an encoder-decoder, in that of the encoder and in that of the decoder.
     stack : str or Stack
         Software stack: a name in hardware_profiles/stacks, or a stack of one's own.
     memory_headroom : float
@@ -34,6 +33,8 @@ class Training:
         False: no float32 copy, all states in 16 bits. None: as the software does.
     gradient_precision : {"fp32", "bf16"}, optional
         Of accumulated gradients; None: as the software does.
+    flop_convention : str
+        How model FLOPs are counted for utilisation, a name in `simllm.models.conventions`.
 
     Examples
     --------
@@ -42,23 +43,23 @@ class Training:
     """
 
     seq_len: int
-    source_len: int = 0
     stack: str | Stack = "megatron-core"
     memory_headroom: float = 0.05
     optimizer: str = "adam"
     master_weights: bool | None = None
     gradient_precision: Literal["fp32", "bf16"] | None = None
+    flop_convention: str = "full-attention"
 
     def __post_init__(self) -> None:
-        for name, least in (("seq_len", 1), ("source_len", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= 2**27:
-                raise InputError(f"{name}={value} must be a whole number from {least} to {2**27}")
+        if isinstance(self.seq_len, bool) or not isinstance(self.seq_len, int) or not 1 <= self.seq_len <= 2**27:
+            raise InputError(f"seq_len={self.seq_len} must be a whole number from 1 to {2**27}")
         if not (math.isfinite(self.memory_headroom) and 0 <= self.memory_headroom < 1):
             raise InputError(f"memory_headroom={self.memory_headroom} must be at least 0 and below 1")
         if isinstance(self.stack, str):
             load_stack(self.stack)
         optimizer_named(self.optimizer)
+        if self.flop_convention not in FLOP_CONVENTIONS:
+            raise unknown_name("FLOP convention", self.flop_convention, FLOP_CONVENTIONS)
         if self.gradient_precision not in (None, "fp32", "bf16"):
             raise unknown_name("gradient precision", str(self.gradient_precision), ("fp32", "bf16"))
 

@@ -10,8 +10,8 @@ from simllm.hardware import Cluster
 from simllm.hardware.stack import Stack
 from simllm.models import Model
 from simllm.models.activations import recomputed_operators
-from simllm.models.counts import count_flops, operator_flops
-from simllm.models.graph import Graph, Layout, ModelGraph
+from simllm.models.counts import operator_flops
+from simllm.models.graph import Graph, Layout
 from simllm.network import Group, price
 from simllm.parallel.memory import StageMemory, shard_degrees, stage_memory
 from simllm.parallel.placement import group_of
@@ -23,7 +23,7 @@ from simllm.training.cost import Cost
 from simllm.training.engine import BlockGroups, Engine
 from simllm.training.run import Training
 
-__all__ = ["Exchange", "StageTime", "Step", "StepTime", "engine_for", "exposed", "model_flops"]
+__all__ = ["Exchange", "StageTime", "Step", "StepTime", "engine_for", "exposed"]
 
 
 def exposed(communication_s: float, window_s: float, share: float) -> float:
@@ -41,13 +41,6 @@ def exposed(communication_s: float, window_s: float, share: float) -> float:
 def engine_for(cluster: Cluster, stack: Stack, precision: str) -> Engine:
     """The engine of a cluster, stack and precision; its caches live as long as it is used."""
     return Engine(cluster, stack, precision)
-
-
-@lru_cache(maxsize=1024)
-def model_flops(graph: ModelGraph, seq_len: int, source_len: int, prefix_len: int) -> tuple[int, int]:
-    """FLOPs of forward and backward of one sequence: over full attention, and masked."""
-    counts = count_flops(graph, Layout(seq_len=seq_len, source_len=source_len, prefix_len=prefix_len))
-    return counts.training_full_attention, counts.training_masked
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +94,7 @@ class Step:
         self.engine = engine_for(cluster, self.stack, plan.precision)
         self.graph = model.graph
         self.prefix_len = model.prefix_len(training.seq_len)
-        self.layout = plan.layout(
-            training.seq_len, training.source_len, self.prefix_len, round(self.stack.vocab_multiple.si)
-        )
+        self.layout = plan.layout(training.seq_len, self.prefix_len, round(self.stack.vocab_multiple.si))
         self.groups = BlockGroups(
             tp=group_of(plan, "tp"), cp=group_of(plan, "cp"), ep=group_of(plan, "ep"), etp=group_of(plan, "etp")
         )
@@ -306,14 +297,9 @@ class Step:
 
     # -- FLOPs ---------------------------------------------------------------------------------------------------
 
-    def flops(self) -> tuple[int, int]:
-        """Model FLOPs of the step over full and masked attention: forward and backward, nothing recomputed."""
-        full, masked = model_flops(self.graph, self.training.seq_len, self.training.source_len, self.prefix_len)
-        return full * self.plan.global_batch_size, masked * self.plan.global_batch_size
-
     def recompute_flops(self) -> int:
         """FLOPs of the step that recomputation adds, over full attention."""
-        layout = Layout(seq_len=self.training.seq_len, source_len=self.training.source_len, prefix_len=self.prefix_len)
+        layout = Layout(seq_len=self.training.seq_len, prefix_len=self.prefix_len)
         policy = self.plan.recompute
         total = 0.0
         for graph, times in self.graph.layer_parts:

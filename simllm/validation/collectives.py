@@ -13,35 +13,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from simllm.errors import InputError
-from simllm.hardware import Cluster
-from simllm.hardware.links import ALGORITHMS
-from simllm.network import OPERATIONS, CollectiveCost, Group, bus_factor, price
-from simllm.validation.nccl_log import is_log, log_rows, read_text
-from simllm.validation.row_cluster import row_cluster
+from simllm.network import bus_factor
+from simllm.validation.collective_rows import NEEDED_COLUMNS, measurement, operation_name, read_rows
 from simllm.validation.scoring import Outcome, Score, score, score_by
-from simllm.validation.table import Row, read_table
+from simllm.validation.table import Row
 
-__all__ = [
-    "NEEDED_COLUMNS",
-    "REGIMES",
-    "CollectiveReport",
-    "CollectiveResult",
-    "Measurement",
-    "measurement",
-    "operation_name",
-    "read_rows",
-    "regime",
-    "validate_collectives",
-]
-
-#: Columns without which no row can be priced; the others may be missing or empty.
-NEEDED_COLUMNS = ("collective", "n_gpus", "message_bytes", "time_us")
+__all__ = ["NEEDED_COLUMNS", "REGIMES", "CollectiveReport", "CollectiveResult", "regime", "validate_collectives"]
 
 #: Sizes that behave alike, from the largest: the wire decides, the pipeline decides, the latency decides.
 REGIMES: tuple[tuple[str, float], ...] = ((">= 64 MB", 64e6), ("64 KB to 64 MB", 64e3), ("< 64 KB", 0.0))
-
-#: The names that the test programs of the libraries have for an operation.
-_NAMES = {"alltoall": "all_to_all", "sendrecv": "send_recv", "p2p": "send_recv"}
 
 _GROUPS = ("regime", "system", "collective", "gpu")
 
@@ -53,111 +33,6 @@ def regime(size_bytes: float) -> str:
     ('< 64 KB', '64 KB to 64 MB', '>= 64 MB')
     """
     return next(name for name, least in REGIMES if size_bytes >= least)
-
-
-def operation_name(name: str) -> str:
-    """An operation of `simllm.network` by its name there or in the test programs.
-
-    >>> operation_name("alltoall"), operation_name("all-gather"), operation_name("AllReduce")
-    ('all_to_all', 'all_gather', 'all_reduce')
-    """
-    plain = name.strip().casefold().replace("-", "_")
-    if plain in _NAMES:
-        return _NAMES[plain]
-    joined = {operation.replace("_", ""): operation for operation in OPERATIONS}
-    return joined.get(plain.replace("_", ""), plain)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measurement:
-    """A row as a question to the network, and what was measured.
-
-    Attributes
-    ----------
-    operation : str
-        One of `simllm.network.OPERATIONS`.
-    algorithm : str or None
-        What the run forced.
-    cluster : Cluster
-    group : Group
-    size_bytes, time_s : float
-        As nccl-tests prints them, out of place.
-    """
-
-    operation: str
-    algorithm: str | None
-    cluster: Cluster
-    group: Group
-    size_bytes: float
-    time_s: float
-
-    def price(self) -> CollectiveCost:
-        """The prediction."""
-        return price(self.operation, self.size_bytes, self.cluster, self.group, self.algorithm)
-
-
-def measurement(row: Row, cluster: str | None = None) -> Measurement:
-    """What a row asks and what was measured.
-
-    Parameters
-    ----------
-    row : Row
-    cluster : str, optional
-        Where it ran, whatever the row says.
-
-    Raises
-    ------
-    InputError
-        Something that nothing can stand in for is missing, wrong or not in the catalog.
-    """
-    if row.problem:
-        raise InputError(row.problem)
-    if row.flag("usable") is False:
-        why = row.text("notes")
-        raise InputError(f"the table marks the row as not usable{f': {why}' if why else ''}")
-    operation = operation_name(row.text("collective"))
-    if operation not in OPERATIONS:
-        raise InputError(f"collective={row.text('collective')} is not priced; priced are {', '.join(OPERATIONS)}")
-    size = row.number("message_bytes")
-    if size is None:
-        raise InputError("message_bytes is not stated")
-    algorithm = _algorithm(row.text("algorithm"))
-    where, group = row_cluster(row, cluster)
-    if row.text("protocol"):
-        row.assume(f"protocol={row.text('protocol')} was forced; the cheapest one is priced")
-    return Measurement(
-        operation=operation,
-        algorithm=algorithm,
-        cluster=where,
-        group=group,
-        size_bytes=size,
-        time_s=_measured_time(row, operation, group.size, size),
-    )
-
-
-def _algorithm(name: str) -> str | None:
-    if not name:
-        return None
-    plain = name.casefold().replace("_", "").replace("-", "")
-    known = {algorithm.replace("_", ""): algorithm for algorithm in ALGORITHMS}
-    if plain not in known:
-        raise InputError(f"algorithm={name} is not priced; priced are {', '.join(ALGORITHMS)}")
-    return known[plain]
-
-
-def _measured_time(row: Row, operation: str, ranks: int, size: float) -> float:
-    """Seconds as measured, or from the measured bandwidth."""
-    stated = row.number("time_us")
-    if stated is not None:
-        return stated * 1e-6
-    algbw, busbw = row.number("algbw_GBps"), row.number("busbw_GBps")
-    if algbw is not None:
-        row.assume("the measured time follows from algbw_GBps")
-        return size / (algbw * 1e9)
-    if busbw is not None and ranks > 1:
-        row.assume("the measured time follows from busbw_GBps")
-        return size * bus_factor(operation, ranks) / (busbw * 1e9)
-    raise InputError("time_us is not stated, and neither is a bandwidth")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,29 +133,6 @@ class CollectiveReport:
         """Plain data with stable keys, SI units."""
         document = {"rows": [row.to_dict() for row in self.rows], "summary": self.summary}
         return document | ({"cross_validation": self.cross_validation} if self.cross_validation else {})
-
-
-def read_rows(path: str | Path, collective: str | None = None, gpus: int | None = None) -> list[Row]:
-    """The rows of a table of collectives, or of the tables in a log of nccl-tests or rccl-tests.
-
-    Parameters
-    ----------
-    path : str or Path
-    collective : str, optional
-        What a log is of, where it does not say.
-    gpus : int, optional
-        Ranks of a log that does not list its devices.
-
-    Raises
-    ------
-    InputError
-        The file cannot be read, holds no table, or lacks a needed column.
-    """
-    file = Path(path)
-    text = read_text(file)
-    if is_log(text):
-        return log_rows(text, file.name, collective, gpus)
-    return read_table(file, NEEDED_COLUMNS)
 
 
 def validate_collectives(

@@ -6,10 +6,10 @@ that they can tell are chosen: those whose change changes a predicted time.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -22,7 +22,7 @@ from simllm.network import bus_factor
 from simllm.network.calibrate import FIT, Sweep, calibrate
 from simllm.network.fabric import Fabric, fabric
 from simllm.network.price import choices, fastest
-from simllm.validation.collectives import Measurement, measurement
+from simllm.validation.collective_rows import Measurement, measurement
 from simllm.validation.scoring import percentile
 from simllm.validation.table import Row
 
@@ -30,7 +30,16 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["FittedSweep", "LinkFit", "Measured", "fit_links", "link_yaml", "measured_sweeps"]
+__all__ = [
+    "FittedSweep",
+    "LinkFit",
+    "Measured",
+    "error_summary",
+    "fit_links",
+    "measured_sweeps",
+    "tells",
+    "with_figures",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +90,7 @@ class LinkFit:
     paths : tuple of str
         Key paths of the figures that were fitted.
     sweeps : tuple of FittedSweep
-        The measurements, also those (broadcasts) that the fit leaves aside.
+        The measurements, also those that the fit leaves aside.
     """
 
     before: Link
@@ -91,8 +100,8 @@ class LinkFit:
 
     @property
     def points(self) -> int:
-        """Measured points."""
-        return sum(len(found.fitted_s) for found in self.sweeps)
+        """Measured points in the fit."""
+        return sum(len(found.fitted_s) for found in self.sweeps if found.sweep.fitted)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data with stable keys, SI units."""
@@ -101,7 +110,7 @@ class LinkFit:
             "name": self.link.name,
             "scope": self.link.scope,
             "points": self.points,
-            **_errors([error for found in self.sweeps for error in found.errors]),
+            **error_summary([error for found in self.sweeps if found.sweep.fitted for error in found.errors]),
             "figures": {
                 path: {"before": old[path].value, "fitted": new[path].value, "unit": new[path].unit}
                 for path in self.paths
@@ -115,7 +124,7 @@ class LinkFit:
                     "stride": found.sweep.group.stride,
                     "algorithm": found.sweep.algorithm,
                     "in_fit": found.sweep.fitted,
-                    **_errors(found.errors),
+                    **error_summary(found.errors),
                     "residuals": [
                         {"size_bytes": size, "measured_time_s": measured, "fitted_time_s": fitted, "error": error}
                         for size, measured, fitted, error in zip(
@@ -128,7 +137,8 @@ class LinkFit:
         }
 
 
-def _errors(errors: Sequence[float]) -> dict[str, float]:
+def error_summary(errors: Sequence[float]) -> dict[str, float]:
+    """Median, 90th percentile and mean of relative errors, in per cent."""
     sizes = sorted(abs(error) for error in errors)
     return {
         "median_absolute_percentage_error": 100 * percentile(sizes, 0.5),
@@ -194,8 +204,7 @@ def _sweep(key: tuple[Any, ...], system: str, points: list[Measurement]) -> Swee
         algorithm=first.algorithm,
         sizes_bytes=tuple(point.size_bytes for point in points),
         times_s=tuple(point.time_s for point in points),
-        # A broadcast's time depends on who waits for it; it is shown, but nothing is learned from it.
-        fitted=first.operation != "broadcast",
+        fitted=all(point.fitted for point in points),
     )
 
 
@@ -220,8 +229,11 @@ def fit_links(
     Raises
     ------
     InputError
-        No sweep runs over ``only``, only broadcasts were measured, or there are fewer points than figures.
+        No sweep runs over ``only``, only broadcasts were measured, there are fewer points than figures, or scipy is not
+        installed.
     """
+    if find_spec("scipy") is None:
+        raise InputError("a fit needs scipy; install it with: pip install 'simllm[calibrate]'")
     members: dict[Link, list[tuple[Sweep, Fabric]]] = {}
     for sweep in sweeps:
         view = fabric(sweep.cluster, sweep.group)
@@ -244,19 +256,22 @@ def _fit(link: Link, members: Sequence[tuple[Sweep, Fabric]], source: str) -> Li
     import numpy as np
 
     used = [(sweep, view) for sweep, view in members if sweep.fitted]
+    if not used:  # of sweeps that tell less about links, all but broadcasts are better than none
+        used = [(replace(sweep, fitted=True), view) for sweep, view in members if sweep.operation != "broadcast"]
+        members = used
     if not used:
         raise InputError(f"only broadcasts were measured over {link.name}; measure all_reduce or all_gather")
-    paths = [path for path in _candidates(link) if _tells(link, path, used)]
+    paths = [path for path in _candidates(link) if tells(link, path, used)]
     points = sum(len(sweep.sizes_bytes) for sweep, _ in used)
     if points < len(paths):
         raise InputError(
-            f"{points} points over {link.name} cannot tell its {len(paths)} figures; "
+            f"{points} point{'s' if points > 1 else ''} over {link.name} cannot tell its {len(paths)} figures; "
             "give a sweep over sizes, such as -b 8 -e 8G -f 2"
         )
     fitted = calibrate(link, [sweep for sweep, _ in used], paths).link
     values = figures_of(fitted)
     said = f"{FIT} to {source}, {points} points"
-    link_after = _with_figures(
+    link_after = with_figures(
         link, {path: msgspec.structs.replace(values[path], source=said, basis="measured", note=None) for path in paths}
     )
     return LinkFit(
@@ -279,15 +294,15 @@ def _candidates(link: Link) -> list[str]:
     return [path for path, figure in figures_of(link).items() if not isinstance(figure, Count)]
 
 
-def _tells(link: Link, path: str, used: Sequence[tuple[Sweep, Fabric]]) -> bool:
-    """Whether a predicted time changes with a figure."""
+def tells(link: Link, path: str, used: Sequence[tuple[Sweep, Fabric]]) -> bool:
+    """Whether a figure matters: a fifth less of it changes a predicted time by more than a hundredth."""
     import numpy as np
 
     figure = figures_of(link)[path]
     other = figure.value * 0.8 if figure.value else 1e-2
-    changed = _with_figures(link, {path: msgspec.structs.replace(figure, value=other)})
+    changed = with_figures(link, {path: msgspec.structs.replace(figure, value=other)})
     return any(
-        bool(np.any(np.abs(_times(sweep, view, changed) / _times(sweep, view, link) - 1) > 1e-4))
+        bool(np.any(np.abs(_times(sweep, view, changed) / _times(sweep, view, link) - 1) > 1e-2))
         for sweep, view in used
     )
 
@@ -299,7 +314,8 @@ def _times(sweep: Sweep, view: Fabric, link: Link) -> NDArray[np.float64]:
     return fastest(choices(sweep.operation, trial, sweep.algorithm), np.asarray(sweep.sizes_bytes))
 
 
-def _with_figures(link: Link, figures: dict[str, Figure]) -> Link:
+def with_figures(link: Link, figures: Mapping[str, Figure]) -> Link:
+    """A link class with other figures at some key paths."""
     changed = link
     for path, figure in figures.items():
         *parents, name = path.split(".")
@@ -309,40 +325,3 @@ def _with_figures(link: Link, figures: dict[str, Figure]) -> Link:
         else:
             changed = msgspec.structs.replace(changed, **{name: figure})
     return changed
-
-
-def link_yaml(fit: LinkFit) -> str:
-    """A fitted link class as a profile, with what the fit leaves over as comments."""
-    lines = [
-        f"# {fit.link.name} as fitted by `simllm calibrate collectives`. Errors of the fitted times, median and p90:",
-        *(f"# {_summary(found)}" for found in fit.sweeps),
-    ]
-    for name in fit.link.__struct_fields__:
-        value = getattr(fit.link, name)
-        if isinstance(value, Figure):
-            lines.append(f"{name}: {_figure_yaml(value)}")
-        elif isinstance(value, msgspec.Struct):
-            lines.append(f"{name}:")
-            lines += [f"  {key}: {_figure_yaml(figure)}" for key, figure in figures_of(value).items()]
-        elif isinstance(value, tuple):
-            lines += [f"{name}: [{', '.join(map(json.dumps, value))}]"] if value else []
-        elif value is not None:
-            lines.append(f"{name}: {json.dumps(value) if name == 'description' else value}")
-    return "\n".join(lines) + "\n"
-
-
-def _summary(found: FittedSweep) -> str:
-    errors = _errors(found.errors)
-    sweep = found.sweep
-    aside = "" if sweep.fitted else ", not in the fit"
-    return (
-        f"{sweep.operation} of {sweep.group.size} ranks, {len(found.fitted_s)} sizes: "
-        f"{errors['median_absolute_percentage_error']:.1f} % and {errors['p90_absolute_percentage_error']:.1f} %{aside}"
-    )
-
-
-def _figure_yaml(figure: Figure) -> str:
-    cells = {"value": figure.value, "unit": figure.unit, "basis": figure.basis, "source": json.dumps(figure.source)}
-    if figure.note:
-        cells["note"] = json.dumps(figure.note)
-    return "{" + ", ".join(f"{name}: {value}" for name, value in cells.items()) + "}"

@@ -13,9 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from simllm.errors import InputError
+from simllm.network import OPERATIONS, bus_factor
 from simllm.validation.table import Row
 
-__all__ = ["LogRun", "is_log", "log_rows", "parse_log", "read_text"]
+__all__ = ["ONE_PROCESS", "LogRun", "is_log", "log_rows", "parse_log", "read_text"]
+
+#: What is said of measurements whose launches are not those of a training run.
+ONE_PROCESS = "a process drives several devices; its launches cost more than those of one process each"
 
 #: The largest file that is read; a day of benchmarks is a few megabytes.
 _LARGEST_LOG_BYTES = 256 * 2**20
@@ -23,14 +27,14 @@ _LARGEST_LOG_BYTES = 256 * 2**20
 #: Programs of the test suites whose names are not those of the collective.
 _PROGRAMS = {"alltoall": "all_to_all", "sendrecv": "send_recv"}
 
-_PREFIX = re.compile(r"^(?:\[\d+,\d+\]<(?:stdout|stderr)>:\s?|\s*\d+:\s(?=\s*#|\s*\d+\s+\d+\s))")
+_PREFIX = re.compile(r"^(?:\[\d+,\d+\]<(?:stdout|stderr)>:|\d+:\s(?=\s*#|\s*\d+\s+\d+\s))\s*")
 _RANK = re.compile(
     r"#\s+Rank\s+(?P<rank>\d+)\s+(?:Group\s+\d+\s+)?Pid\s+(?P<pid>\d+)\s+on\s+(?P<host>\S+)\s+device\s+"
     r"(?P<device>\d+)\s+\[[^\]]*\]\s*(?P<gpu>.*?)\s*$"
 )
 _SETTINGS = re.compile(r"#\s+nThreads?:?\s+(?P<threads>\d+)\s+nGpus:?\s+(?P<gpus>\d+)")
-_PROGRAM = re.compile(r"\b(?P<name>[a-z][a-z_]*?)_perf\b")
-_HEADER = re.compile(r"#\s+size\s+count\b.*\btime\b")
+_PROGRAM = re.compile(r"\b(?P<name>[a-z][a-z_]*?)_perf(?:_mpi)?\b")
+_HEADER = re.compile(r"#\s+size\s+count\b.*\btime\b.*\bbusbw\b")
 _LIBRARY = re.compile(r"\b(?P<name>NCCL|RCCL) version[ :]+(?P<version>\d[\w.]*)")
 
 
@@ -86,11 +90,11 @@ def read_text(path: Path) -> str:
     InputError
         It is not there, is empty, too large or not text.
     """
-    if not path.exists():
-        raise InputError(f"{path} does not exist; give a log of nccl-tests or rccl-tests, or a CSV file")
-    if not path.is_file():
-        raise InputError(f"{path} is not a file; give a log of nccl-tests or rccl-tests, or a CSV file")
     try:
+        if not path.exists():
+            raise InputError(f"{path} does not exist; give a log of nccl-tests or rccl-tests, or a CSV file")
+        if not path.is_file():
+            raise InputError(f"{path} is not a file; give a log of nccl-tests or rccl-tests, or a CSV file")
         if path.stat().st_size > _LARGEST_LOG_BYTES:
             raise InputError(f"{path} is larger than {_LARGEST_LOG_BYTES >> 20} MiB; this is not a log of nccl-tests")
         text = path.read_text(encoding="utf-8-sig")
@@ -104,13 +108,13 @@ def read_text(path: Path) -> str:
 
 
 def is_log(text: str) -> bool:
-    """Whether a text is a log rather than a CSV table: a table begins with a line of column names and commas.
+    """Whether a text is a log rather than a CSV table, which begins with a line of column names and commas.
 
     >>> is_log("# nThread 1 nGpus 8 minBytes 8"), is_log("collective,message_bytes,time_us\\nall_reduce,8,9.5")
     (True, False)
     """
     first = next((line for line in text.splitlines() if line.strip()), "")
-    return not ("," in first and re.fullmatch(r"[\w\s,\"().#-]+", first) and "message_bytes" in first)
+    return first.lstrip().startswith("#") or "," not in first or _HEADER.search(text) is not None
 
 
 def parse_log(text: str, name: str = "log") -> list[LogRun]:
@@ -144,7 +148,7 @@ def parse_log(text: str, name: str = "log") -> list[LogRun]:
     hints: list[tuple[str, str]] = []
     place, columns = _Place(), []
     for number, raw in enumerate(text.splitlines(), 1):
-        line = _PREFIX.sub("", raw)
+        line = _PREFIX.sub("", raw.strip())
         if _HEADER.match(line):
             columns = line.replace("#", " ", 1).split()
             place.has_table = True
@@ -168,6 +172,8 @@ def parse_log(text: str, name: str = "log") -> list[LogRun]:
         )
     for run, factor, hint in zip(runs, factors, hints, strict=True):
         run.collective = run.collective or _told_by(run.ranks, factor, *hint)
+        if not run.processes and not _can_be(run, factor):
+            run.ranks = 0  # the settings of one process among several, whose devices the log does not list
     filled = [run for run in runs if run.points]
     if not filled:
         raise InputError(f"{name} has the header of a table but no row with a size above zero; the run did not finish")
@@ -256,6 +262,24 @@ def _told_by(ranks: int, factor: float, redop: str, root: str) -> str:
     return ""
 
 
+def _can_be(run: LogRun, factor: float) -> bool:
+    """Whether busbw over algbw is that of so many ranks."""
+    if run.ranks < 2 or not factor or run.collective not in OPERATIONS:
+        return run.ranks > 1
+    return abs(factor - bus_factor(run.collective, run.ranks)) < 0.02
+
+
+def _named(name: str) -> str:
+    """The one collective that the name of a log mentions, if there is one.
+
+    >>> _named("nccl_allgather-8n.log"), _named("allreduce_alltoall.log"), _named("run.log")
+    ('all_gather', '', '')
+    """
+    letters = re.sub("[^a-z]", "", name.casefold())
+    found = [operation for operation in OPERATIONS if operation.replace("_", "") in letters]
+    return found[0] if len(found) == 1 else ""
+
+
 def log_rows(text: str, name: str, collective: str | None = None, gpus: int | None = None) -> list[Row]:
     """The tables of a log as rows of a table of collectives.
 
@@ -276,7 +300,7 @@ def log_rows(text: str, name: str, collective: str | None = None, gpus: int | No
     """
     rows = []
     for index, run in enumerate(parse_log(text, name), 1):
-        operation = run.collective or collective or ""
+        operation = run.collective or collective or _named(name)
         ranks = run.ranks or gpus or 0
         if not operation:
             raise InputError(f"{name} does not say which collective table {index} is of; give --collective")
@@ -295,7 +319,9 @@ def log_rows(text: str, name: str, collective: str | None = None, gpus: int | No
         for line, size, seconds in run.points:
             point = {"message_bytes": f"{size:.0f}", "time_us": repr(seconds * 1e6)}
             row = Row(line=line, cells=cells | point)
+            if not (run.collective or collective):
+                row.assume(f"the log does not say which collective it is of: {operation}, by its name")
             if 0 < run.processes < run.ranks:
-                row.assume("a process drives several devices; its launches cost more than those of one process each")
+                row.assume(ONE_PROCESS)
             rows.append(row)
     return rows

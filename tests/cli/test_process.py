@@ -53,7 +53,7 @@ def test_nothing_heavy_is_loaded_until_needed() -> None:
 def test_help(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
     assert main(words) == 0
     text = capsys.readouterr().out
-    for command in ("models", "hardware", "collective", "estimate", "plan", "validate"):
+    for command in ("models", "hardware", "collective", "estimate", "plan", "validate", "calibrate"):
         assert f"\n  {command} " in text
 
 
@@ -70,6 +70,8 @@ def test_help(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
         "estimate",
         "plan",
         "validate runs",
+        "validate collectives",
+        "calibrate collectives",
     ],
 )
 def test_help_of_a_command_has_an_example_and_json(capsys: pytest.CaptureFixture[str], command: str) -> None:

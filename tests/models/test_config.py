@@ -418,7 +418,7 @@ def test_an_unreadable_file(tmp_path):
         ({"model_type": ...}, "has no model_type; known: .*llama"),
         ({"model_type": 7}, "has model_type=7"),
         ({"model_type": ""}, "has model_type=''"),
-        ({"model_type": "lama"}, "did you mean llama.*Known model types: .*qwen3.*hidden_size=4096"),
+        ({"model_type": "lama"}, r"did you mean llama.*hidden_size=4096.*Known families, .* Qwen3 \(qwen3\)"),
         ({"model_type": "zzz"}, "unknown model_type 'zzz'.*Fields understood: hidden_size=4096"),
         ({"hidden_size": ...}, r"\(model_type 'llama'\): the needed field hidden_size is missing"),
         ({"hidden_size": None}, "the needed field hidden_size is null"),

@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 
+from simllm.errors import InputError
 from simllm.models import Model
+from simllm.models.activations import Recompute
 from simllm.models.build import build_graph
+from simllm.models.conventions import FLOP_CONVENTIONS, training_flops
 from simllm.models.counts import count_flops, count_parameters
 from simllm.models.graph import Layout
+from simllm.models.operators import Scan
 from simllm.models.spec import ModelSpec
 from simllm.models.work import AttentionWork, attended_pairs
 from tests.strategies import gpt_spec, specs
@@ -122,8 +126,10 @@ def test_backward_is_twice_the_forward_per_operator() -> None:
                 forward = sum(item.flops for item in operator.forward(layout, impl))
                 inputs = sum(item.flops for item in operator.backward_input(layout, impl))
                 weights = sum(item.flops for item in operator.backward_weight(layout, impl))
+                # Attention and the scan multiply activations with each other: both gradients are those of inputs.
                 attention = any(isinstance(item, AttentionWork) for item in operator.forward(layout, impl))
-                assert (inputs, weights) == ((2 * forward, 0) if attention else (forward, forward)), operator.name
+                no_weight = attention or isinstance(operator, Scan)
+                assert (inputs, weights) == ((2 * forward, 0) if no_weight else (forward, forward)), operator.name
 
 
 def test_traffic_of_unfused_attention_per_score() -> None:
@@ -142,3 +148,58 @@ def test_traffic_of_unfused_attention_per_score() -> None:
     assert moved(core.forward(layout, impl)) == 9 * scores
     assert moved(core.backward_input(layout, impl)) == 11 * scores
     assert moved(core.forward(layout, Implementation())) == 0
+
+
+# -- conventions ---------------------------------------------------------------------------------------------------
+
+
+def test_conventions_on_gpt3_by_hand() -> None:
+    # Narayanan 2021, equation 3; GPT-3's table has 50257 rows, and its positions 2048.
+    model, s, layers, h, v = Model.load("gpt3-175b"), 2048, 96, 12288, 50257
+    matrices, scores, head = 72 * s * layers * h * h, 12 * s * s * layers * h, 6 * s * h * v
+    causal = scores * (s + 1) // (2 * s)
+    n = model.parameters.total
+    expected = {
+        "full-attention": matrices + scores + head,
+        "masked": matrices + causal + head,
+        "6n": 6 * n * s,
+        "6n-non-embedding": 6 * (n - (v + s) * h) * s,
+        "palm": 6 * n * s + scores,
+        "torchtitan": 6 * (n - (v + s) * h) * s + scores,
+        "with-recompute": (matrices + scores) * 4 // 3 + head,
+    }
+    assert {name: training_flops(model, s, name) for name in FLOP_CONVENTIONS} == expected
+
+
+def test_conventions_of_an_untied_mixture() -> None:
+    model, s = Model.load("mixtral-8x7b"), 4096
+    parameters = model.parameters
+    scores = 12 * 32 * 32 * 128 * s * s
+    assert training_flops(model, s, "6n") == 6 * parameters.active * s
+    assert training_flops(model, s, "6n-non-embedding") == 6 * (parameters.active - 2 * 32000 * 4096) * s
+    assert training_flops(model, s, "palm") == 6 * parameters.active * s + scores
+    assert training_flops(model, s, "torchtitan") == 6 * (parameters.active - 32000 * 4096) * s + scores
+
+
+def test_recomputation_counts_what_runs_again() -> None:
+    model, s = Model.load("llama-2-7b"), 4096
+    plain = training_flops(model, s, "full-attention")
+    scores = 4 * s * s * 4096 * 32
+
+    def more(policy: str | Recompute) -> float:
+        return training_flops(model, s, "with-recompute", recompute=policy) - plain
+
+    assert (more("none"), more("selective")) == (0, scores)
+    layers = model.flops(s).forward_full_attention - 2 * s * 4096 * 32000
+    assert more("full") == more(Recompute(kind="full")) == layers
+    assert more("every:4") == layers / 4
+    with pytest.raises(InputError, match="unknown FLOP convention 'palms'; did you mean palm"):
+        training_flops(model, s, "palms")
+
+
+def test_convolution_and_state_of_a_mamba_layer() -> None:
+    # mamba-130m at 64 tokens: 67 results of the convolution of width 4, 16 states a channel (counted by PyTorch too).
+    config = {"model_type": "mamba", "vocab_size": 100, "hidden_size": 768, "num_hidden_layers": 1}
+    flops = Model.from_config(config).flops(64)
+    products = 2 * 64 * (768 * 3072 + 1536 * (48 + 32) + 48 * 1536 + 1536 * 768 + 768 * 100)
+    assert flops.forward_full_attention == products + 2 * 67 * 1536 * 4 + 2 * 64 * 1536 * 16

@@ -56,7 +56,8 @@ def test_parts_add_up(changes: dict[str, Any], stack: str) -> None:
     assert answer.peak_memory_bytes == max(stage.peak_bytes for stage in answer.stages)
     low, high = answer.step_time_interval_s
     assert low <= answer.step_time_s <= high
-    assert 0 < answer.mfu_masked <= answer.mfu <= answer.hfu < 1
+    by_convention = answer.to_dict()["mfu_by_convention"]
+    assert 0 < by_convention["masked"] <= by_convention["full-attention"] == answer.mfu <= answer.hfu < 1
 
 
 def test_json_has_the_promised_keys() -> None:
@@ -229,6 +230,7 @@ WRONG_RUNS: list[tuple[dict[str, Any], str]] = [
     ({"seq_len": 2**40}, "seq_len="),
     ({"seq_len": 1.5}, "seq_len=1.5"),
     ({"seq_len": 2048, "stack": "megatron-cor"}, "did you mean megatron-core"),
+    ({"seq_len": 2048, "flop_convention": "maskd"}, "did you mean masked"),
     ({"seq_len": 2048, "memory_headroom": 1.0}, "memory_headroom=1.0"),
     ({"seq_len": 2048, "memory_headroom": float("nan")}, "memory_headroom=nan"),
 ]

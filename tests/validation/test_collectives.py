@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import math
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
+import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simllm.errors import InputError
 from simllm.hardware import load_cluster
-from simllm.hardware.links import Link, load_link
-from simllm.hardware.profiles import check_profile, figures_of, parse_yaml
+from simllm.hardware.links import Link, list_links, load_link
+from simllm.hardware.profiles import check_profile, figures_of, parse_yaml, profiles_dir
 from simllm.network import Group, bus_factor, price
-from simllm.network.calibrate import FIT, read_sweeps
+from simllm.network.calibrate import FIT, Sweep, read_sweeps
 from simllm.network.fabric import fabric
-from simllm.validation.collective_rows import measured_series, operation_name, read_rows
+from simllm.validation.collective_rows import measured_series, measurement, operation_name, read_rows
 from simllm.validation.collectives import REGIMES, CollectiveReport, regime, validate_collectives
+from simllm.validation.cross_validation import cross_validate
 from simllm.validation.link_fit import fit_links, measured_sweeps
 from simllm.validation.link_profile import link_yaml
 from simllm.validation.nccl_log import log_rows, parse_log
 from simllm.validation.row_cluster import place
+from simllm.validation.table import Row
 
 PUBLISHED = Path(__file__).parents[1] / "published"
 TABLE = PUBLISHED / "collectives.csv"
@@ -99,6 +105,20 @@ def test_log_of_the_columns_of_old() -> None:
     assert (second.collective, second.nodes, second.points[0][1:]) == ("all_gather", 2, (4096, 41.25e-6))
 
 
+def test_log_with_an_empty_column() -> None:
+    """The all-to-all of 2021 announces a redop and leaves it out, and its smallest sizes round down to nothing."""
+    text = SETTINGS + OLD
+    text += (
+        "           0             0   float             1.63    0.00    0.00    N/A     1.38    0.00    0.00    N/A\n"
+    )
+    text += (
+        "     8388608        262144   float            121.1   69.28   60.62    N/A    120.6   69.56   60.87    N/A\n"
+    )
+    (run,) = parse_log("./alltoall_perf -g 8\n" + text.replace("nGpus 1", "nGpus 8"))
+    assert (run.collective, run.ranks) == ("all_to_all", 8)
+    assert [(size, round(seconds * 1e6, 2)) for _, size, seconds in run.points] == [(8388608, 121.1)]
+
+
 def test_log_of_rccl() -> None:
     text = """\
 # nThread: 1 nGpus: 8 minBytes: 8 maxBytes: 17179869184 step: 2(factor) warmupIters: 5 iters: 20 validation: 1
@@ -115,7 +135,7 @@ rccl-tests: Version develop:83d38d9
     assert "a process drives several devices" in row.assumptions[0]
 
 
-@pytest.mark.parametrize("prefix", ["[1,0]<stdout>:", "0: "])
+@pytest.mark.parametrize("prefix", ["[1,0]<stdout>:", "    [1,0]<stdout>: ", "0: ", "    "])
 def test_log_behind_a_launcher(prefix: str) -> None:
     text = "all_reduce_perf\n" + SETTINGS + H100 + NOW + rows("all_reduce", 8, POINTS)
     noise = "node1:4000:4000 [0] NCCL INFO Bootstrap : Using eth0:10.0.0.1<0>\nNCCL version 2.27.3+cuda12.9\n"
@@ -146,6 +166,22 @@ def test_collective_from_the_columns(operation: str, redop: str, root: str, told
         with pytest.raises(InputError, match=r"which collective table 1 is of; give --collective"):
             log_rows(text, "x")
         assert {row.text("collective") for row in log_rows(text, "x", collective=operation)} == {operation}
+
+
+def test_collective_from_the_name_of_the_log() -> None:
+    text = SETTINGS + H100 + NOW + rows("all_gather", 8, POINTS, "none")
+    row = log_rows(text, "nccl_allgather.log")[0]
+    assert row.text("collective") == "all_gather"
+    assert row.assumptions == ["the log does not say which collective it is of: all_gather, by its name"]
+
+
+def test_settings_of_one_process_are_not_the_ranks() -> None:
+    """Under MPI nGpus is that of a process; a log without the list of devices does not say how many there were."""
+    text = "all_reduce_perf_mpi\n" + SETTINGS + "# Using devices\n" + NOW + rows("all_reduce", 8, POINTS)
+    assert parse_log(text)[0].ranks == 0
+    four_each = text.replace("nGpus 1", "nGpus 4")
+    assert parse_log(four_each)[0].ranks == 0
+    assert parse_log(text.replace("nGpus 1", "nGpus 8"))[0].ranks == 8
 
 
 def test_log_of_several_runs() -> None:
@@ -217,6 +253,19 @@ def test_every_printed_row_is_read(times: list[float], ranks: int, operation: st
         assert seconds * 1e6 == pytest.approx(time_us, abs=0.006)
 
 
+STRANGE = "# Out of bounds values : 0 OK\n# nThread 1 nGpus 0 minBytes 8\nsum 1 2 3 4 5 6\n8 2 float\n1 2 3 4 5 6 7\n"
+LINES = st.sampled_from((STRANGE + NOW + OLD + devices(["n"], 2, "H100") + rows("all_reduce", 8, POINTS)).splitlines())
+
+
+@given(st.lists(LINES | st.text(max_size=60), max_size=25))
+def test_no_text_breaks_the_reader(lines: list[str]) -> None:
+    runs = []
+    with suppress(InputError):
+        runs = parse_log("\n".join(lines))
+        log_rows("\n".join(lines), "x")
+    assert all(size > 0 and seconds > 0 for run in runs for _, size, seconds in run.points)
+
+
 # -- machines ----------------------------------------------------------------------------------------------------------
 
 
@@ -245,6 +294,7 @@ def test_words_of_published_systems_mean_what_their_description_says() -> None:
         ("boxes of 8xMI300X, 8x bnxt_re 400G RoCE", "", 2, 16, "roce", 400e9),
         ("8xV100-SXM2-32GB, 1x 100GbE", "V100-SXM2-32GB", 2, 16, "ethernet", 12.5e9),
         ("", "NVIDIA H100 80GB HBM3", 2, 16, "infiniband", 400e9),
+        ("", "AMD Instinct MI300X VF", 2, 16, "roce", 400e9),
     ],
 )
 def test_network_of_a_row(system: str, gpu: str, nodes: int, ranks: int, link: str, node_bandwidth: float) -> None:
@@ -354,6 +404,61 @@ def test_every_size_has_one_regime(size: float) -> None:
     assert names.index(regime(size)) >= names.index(regime(2 * size))
 
 
+CELLS = st.sampled_from(
+    [
+        "",
+        "0",
+        "-1",
+        "1",
+        "2",
+        "8",
+        "16.0",
+        "1e30",
+        "nan",
+        "inf",
+        "1048576",
+        "True",
+        "H100",
+        "A100-class",
+        "dgx-h100",
+        "x",
+        "all_reduce",
+        "alltoall",
+        "NVLSTree",
+        "ring",
+        "2 nodes 8xH100, 8xNDR400",
+        "8x0G RoCE",
+        "0xH100",
+        "infiniband",
+    ]
+)
+COLUMNS = [
+    "collective",
+    "n_gpus",
+    "n_nodes",
+    "message_bytes",
+    "time_us",
+    "busbw_GBps",
+    "system",
+    "gpu",
+    "algorithm",
+    "usable",
+    "gpus_per_node",
+    "domain_gpus",
+    "scaleout_link",
+    "scaleout_GBps_per_node",
+]
+
+
+@given(st.fixed_dictionaries(dict.fromkeys(COLUMNS, CELLS)))
+@settings(max_examples=300)
+def test_no_row_breaks_the_validation(cells: dict[str, str]) -> None:
+    good = {"collective": "all_reduce", "n_gpus": "8", "n_nodes": "1", "message_bytes": "1048576", "time_us": "30"}
+    for wrong in (cells, good | {"gpu": "H100"} | dict(list(cells.items())[6:])):
+        with suppress(InputError):
+            assert measurement(Row(line=2, cells=wrong)).price().time_s >= 0
+
+
 def table(path: Path, *rows: dict[str, str]) -> Path:
     base = {
         "collective": "all_reduce",
@@ -452,9 +557,6 @@ def test_measured_series_are_of_such_groups_only() -> None:
 
 def synthetic(link_name: str, change: dict[str, float]) -> tuple[str, dict[str, float]]:
     """A log of a machine whose link has other figures than the catalog's."""
-    from dataclasses import replace
-
-    import msgspec
     import numpy as np
 
     from simllm.network.price import choices, fastest
@@ -501,8 +603,6 @@ def test_calibrated_profile_reads_back(tmp_path: Path) -> None:
     file = tmp_path / "nvlink4.yaml"
     file.write_text(link_yaml(fit))
     assert check_profile(file) == []
-    import msgspec
-
     assert msgspec.convert(parse_yaml(file.read_text(), "x"), Link) == fit.link
     assert "# all_reduce of 8 ranks, 23 sizes: " in file.read_text()
 
@@ -550,3 +650,70 @@ def test_nothing_that_can_be_used(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no row can be used; 2 of 2 because: collective=all_redcue is not priced"):
         measured_sweeps(read_rows(table(tmp_path / "t.csv", *[{"collective": "all_redcue"}] * 2)))
     assert math.isfinite(published().summary["overall"]["bias"])
+
+
+# -- cross-validation --------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def eight_gpus_of_two_kinds() -> tuple[Sweep, ...]:
+    kept = {("1 node HGX H100", "8"), ("1 node HGX H200", "4"), ("1 node RTX PRO 6000 Blackwell Server PCIe5", "4")}
+    table = [row for row in read_rows(TABLE) if (row.text("system"), row.text("n_gpus").removesuffix(".0")) in kept]
+    return measured_sweeps(table).sweeps
+
+
+def test_every_sweep_is_left_out_once() -> None:
+    sweeps = eight_gpus_of_two_kinds()
+    points = sum(len(sweep.sizes_bytes) for sweep in sweeps)
+    done: list[tuple[int, int]] = []
+    errors = cross_validate(sweeps, 3, lambda *ticked: done.append(ticked))
+    assert done == [(n, 6) for n in range(6)]  # three of the sweeps, three of the systems
+    for by in ("sweeps", "systems"):
+        assert errors[by]["all"]["count"] == points
+        assert sum(errors[by][name]["count"] for name, _ in REGIMES) == points
+    # The RTX PRO 6000 is the only one on PCIe: without it nothing tells its links; H100 and H200 tell each other's.
+    pcie = sum(len(sweep.sizes_bytes) for sweep in sweeps if "RTX" in sweep.system)
+    assert errors["systems"]["no other sweep over such links"]["count"] == pcie
+    assert "no other sweep over such links" not in errors["sweeps"]
+    assert errors == cross_validate(sweeps, 3)
+
+
+def test_left_out_sweeps_are_not_seen() -> None:
+    """A sweep with absurd times is predicted as if it were sane, and spoils what is predicted of its sister only."""
+    first = replace(eight_gpus_of_two_kinds()[0], name="first")
+    absurd = replace(first, name="absurd", times_s=tuple(100 * seconds for seconds in first.times_s))
+    errors = cross_validate([first, absurd], 2)
+    assert list(errors) == ["sweeps"]  # there is one system
+    assert errors["sweeps"]["all"]["count"] == 2 * len(first.times_s)
+    # Each is predicted from the other alone: one a hundred times too slow, one a hundred times too fast.
+    assert errors["sweeps"]["all"]["mean_absolute_percentage_error"] > 1000
+
+
+@pytest.mark.parametrize("folds", [1, 10])
+def test_folds_that_cannot_be(folds: int) -> None:
+    with pytest.raises(InputError, match=f"--cross-validate={folds} must be from 2 to 9, the sweeps that there are"):
+        cross_validate(eight_gpus_of_two_kinds(), folds)
+
+
+# -- how the shipped figures were made ---------------------------------------------------------------------------------
+
+
+def test_script_writes_the_shipped_figures_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One fitted class of the catalog, fitted again from the published data: the same file but for rounding."""
+    path = Path(__file__).parents[2] / "benchmarks" / "calibrate_links.py"
+    spec = importlib.util.spec_from_file_location("calibrate_links", path)
+    assert spec
+    assert spec.loader
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    name = next(name for name in list_links() if script.fitted_paths(load_link(name)))
+    assert script.main([name, "--write", "--folder", str(tmp_path)]) == 0
+    assert name in capsys.readouterr().out
+    shipped = profiles_dir() / "links" / f"{name}.yaml"
+    written = tmp_path / f"{name}.yaml"
+    assert check_profile(written) == []
+    before = figures_of(load_link(name))
+    after = figures_of(msgspec.convert(parse_yaml(written.read_text(), "x"), Link))
+    for path, figure in after.items():
+        assert figure.value == pytest.approx(before[path].value, rel=0.02, abs=0.02), path
+    assert len(written.read_text().splitlines()) == len(shipped.read_text().splitlines())

@@ -16,11 +16,14 @@ from simllm.models.families import (
     glm,
     google,
     gpt,
+    llama_kin,
     llama_like,
     mamba,
     moe,
+    olmo,
     parallel,
     qwen,
+    qwen_moe,
     t5,
 )
 from simllm.models.families.parts import Family
@@ -29,7 +32,24 @@ __all__ = ["FAMILIES", "Family", "families_of", "model_types"]
 
 FAMILIES: tuple[Family, ...] = tuple(
     family
-    for module in (gpt, parallel, llama_like, qwen, gemma, glm, moe, deepseek, t5, bart, bert, mamba, google)
+    for module in (
+        gpt,
+        parallel,
+        llama_like,
+        llama_kin,
+        olmo,
+        qwen,
+        qwen_moe,
+        gemma,
+        glm,
+        moe,
+        deepseek,
+        t5,
+        bart,
+        bert,
+        mamba,
+        google,
+    )
     for family in module.FAMILIES
 )
 

@@ -1,4 +1,8 @@
-"""Encoder-decoders with learned positions: BART (post-norm) and mBART (pre-norm, with a norm after each stack)."""
+"""The encoder-decoders of fairseq: BART (post-norm), mBART, M2M-100 and NLLB (pre-norm, a norm after each stack).
+
+BART and mBART have learned positions and a norm on the embedding; M2M-100 and NLLB have sinusoidal positions and no
+norm there.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +57,7 @@ def _attention(v: Values, side: str, mask: Literal["causal", "bidirectional", "c
     )
 
 
-def _stack(v: Values, side: Literal["encoder", "decoder"], before: bool) -> StackSpec:
+def _stack(v: Values, side: Literal["encoder", "decoder"], before: bool, learned: bool) -> StackSpec:
     decodes = side == "decoder"
     block = BlockSpec(
         mixer=_attention(v, side, "causal" if decodes else "bidirectional"),
@@ -64,13 +68,14 @@ def _stack(v: Values, side: Literal["encoder", "decoder"], before: bool) -> Stac
     )
     return StackSpec(
         layers=(block,) * v.integer(f"{side}_layers"),
-        positions=v.integer("max_position_embeddings") + _OFFSET,
-        embedding_norm=LAYER_NORM,
+        positions=v.integer("max_position_embeddings") + _OFFSET if learned else 0,
+        sinusoidal=not learned,
+        embedding_norm=LAYER_NORM if learned else None,
         final_norm=LAYER_NORM if before else None,
     )
 
 
-def _model(v: Values, before: bool) -> ModelSpec:
+def _model(v: Values, before: bool, learned: bool = True) -> ModelSpec:
     return ModelSpec(
         name="",
         family="",
@@ -78,8 +83,8 @@ def _model(v: Values, before: bool) -> ModelSpec:
         architecture="encoder-decoder",
         vocab_size=v.integer("vocab_size"),
         hidden_size=v.integer("hidden_size"),
-        decoder=_stack(v, "decoder", before),
-        encoder=_stack(v, "encoder", before),
+        decoder=_stack(v, "decoder", before, learned),
+        encoder=_stack(v, "encoder", before, learned),
         head=HeadSpec(tied=v.flag("tie_word_embeddings")),
         context_length=v.integer("max_position_embeddings"),
         hidden_dropout=v.number("hidden_dropout"),
@@ -94,6 +99,16 @@ def _bart(v: Values) -> ModelSpec:
 def _mbart(v: Values) -> ModelSpec:
     return _model(v, before=True)
 
+
+def _sinusoidal(v: Values) -> ModelSpec:
+    return _model(v, before=True, learned=False)
+
+
+#: M2M-100 and NLLB: what differs from BART's defaults.
+_M2M: Table = _BART | {
+    "hidden_act": text("activation_function", default="relu"),
+    "attention_dropout": probability("attention_dropout", default=0.1),
+}
 
 FAMILIES = (
     Family(
@@ -125,5 +140,13 @@ FAMILIES = (
             "add_bias_logits": (False,),
             "static_position_embeddings": (False,),
         },
+    ),
+    Family(
+        title="M2M-100/NLLB",
+        model_types=("m2m_100",),
+        table=_M2M,
+        build=_sinusoidal,
+        tokenizer="SentencePiece BPE (128k, 256k)",
+        fixed={"is_encoder_decoder": (True,)},
     ),
 )

@@ -176,7 +176,5 @@ FAMILIES = (
         build=_glm4_moe,
         tokenizer="byte-level BPE (151.5k)",
     ),
-    Family(
-        title="dots.llm1", model_types=("dots1",), table=_DOTS1, build=_dots1, tokenizer="byte-level BPE (152k)"
-    ),
+    Family(title="dots.llm1", model_types=("dots1",), table=_DOTS1, build=_dots1, tokenizer="byte-level BPE (152k)"),
 )

@@ -285,6 +285,11 @@ class Values:
         """A switch; off when the family has no such field."""
         return bool(self._values.get(meaning))
 
+    def given(self, meaning: str, default: bool) -> bool:
+        """A switch, or ``default`` when the config leaves it open."""
+        value = self._values.get(meaning)
+        return default if value is None else bool(value)
+
     def number(self, meaning: str) -> float:
         """A probability; 0 when the family has no such field."""
         return float(self._values.get(meaning) or 0.0)

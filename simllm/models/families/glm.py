@@ -49,6 +49,7 @@ def _prefix_glm(v: Values, gated: bool) -> ModelSpec:
         mlp=gated_mlp(v, bias=True) if gated else plain_mlp(v, bias=True),
         norm=LAYER_NORM,
         norm_placement="post",
+        residual_scale=(2 * v.integer("num_hidden_layers")) ** 0.5,
     )
     blocks = (block,) * v.integer("num_hidden_layers")
     return decoder(v, blocks, final_norm=LAYER_NORM, architecture="prefix-decoder")

@@ -1,4 +1,4 @@
-"""Decoders with sequential blocks and LayerNorm: GPT-1/2/3, GPT-Neo, StarCoder 1, OPT, Galactica, BLOOM, MPT."""
+"""Decoders with sequential blocks and LayerNorm: GPT-1/2/3, GPT-Neo, StarCoder 1, OPT, Galactica, XGLM, BLOOM, MPT."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from simllm.models.families.parts import (
     plain_mlp,
     stack_of,
 )
-from simllm.models.spec import BlockSpec, ModelSpec
+from simllm.models.spec import BlockSpec, ModelSpec, NormSpec
 
 __all__ = ["FAMILIES"]
 
@@ -152,6 +152,26 @@ def _opt(v: Values) -> ModelSpec:
     )
 
 
+_XGLM = {
+    "vocab_size": vocabulary("vocab_size"),
+    "hidden_size": size("d_model", "hidden_size"),
+    "num_hidden_layers": layers("num_layers", "num_hidden_layers"),
+    "num_attention_heads": size("attention_heads", "num_attention_heads"),
+    "intermediate_size": size("ffn_dim"),
+    "max_position_embeddings": context("max_position_embeddings", default=2048),
+    "hidden_act": text("activation_function", default="gelu"),
+    "hidden_dropout": probability("dropout", default=0.1),
+    "attention_dropout": probability("attention_dropout", default=0.1),
+    "tie_word_embeddings": flag("tie_word_embeddings", default=True),
+}
+
+
+def _xglm(v: Values) -> ModelSpec:
+    mixer = attention(v, position="none", qkv_bias=True, out_bias=True)
+    blocks = (BlockSpec(mixer=mixer, mlp=plain_mlp(v, bias=True), norm=LAYER_NORM),) * v.integer("num_hidden_layers")
+    return decoder(v, blocks, final_norm=LAYER_NORM, sinusoidal=True)
+
+
 _BLOOM = {
     "vocab_size": vocabulary("vocab_size"),
     "hidden_size": size("hidden_size", "n_embed"),
@@ -177,7 +197,6 @@ _MPT = {
     "hidden_size": size("d_model", "hidden_size"),
     "num_hidden_layers": layers("n_layers", "num_hidden_layers"),
     "num_attention_heads": size("n_heads", "num_attention_heads"),
-    "expansion_ratio": size("expansion_ratio", default=4),
     "max_position_embeddings": context("max_seq_len", default=2048),
     "hidden_act": text("hidden_act", default="gelu"),
     "hidden_dropout": probability("resid_pdrop", default=0.0),
@@ -186,14 +205,30 @@ _MPT = {
 }
 
 
-def _mpt(v: Values) -> ModelSpec:
-    width = v.integer("expansion_ratio") * v.integer("hidden_size")
+def _alibi(v: Values, qk_norm: NormSpec | None, width: int | None) -> ModelSpec:
     block = BlockSpec(
-        mixer=attention(v, position="alibi"),
+        mixer=attention(v, position="alibi", qk_norm=qk_norm, qk_norm_per_head=False),
         mlp=plain_mlp(v, bias=False, intermediate_size=width),
         norm=LAYER_NORM_NO_BIAS,
     )
     return decoder(v, (block,) * v.integer("num_hidden_layers"), final_norm=LAYER_NORM_NO_BIAS)
+
+
+def _mpt(v: Values) -> ModelSpec:
+    return _alibi(v, None, None)
+
+
+#: The first MPT (1B) spells its fields flat and normalises queries and keys over all heads.
+_MOSAIC_GPT = {name: field for name, field in _MPT.items() if name != "attention_dropout"} | {
+    "mlp_ratio": size("mlp_ratio", default=4),
+    "attn_qk_ln": flag("attn_qk_ln", default=False),
+    "attention_dropout": probability("attn_pdrop", default=0.0),
+}
+
+
+def _mosaic_gpt(v: Values) -> ModelSpec:
+    qk_norm = LAYER_NORM_NO_BIAS if v.flag("attn_qk_ln") else None
+    return _alibi(v, qk_norm, v.integer("mlp_ratio") * v.integer("hidden_size"))
 
 
 _NO_CROSS_ATTENTION = {"add_cross_attention": (False,)}
@@ -212,7 +247,8 @@ FAMILIES = (
         table=_GPT2,
         build=_gpt2,
         tokenizer="byte-level BPE",
-        fixed=_NO_CROSS_ATTENTION,
+        # Santacoder's remote code shares keys and values under this model_type; gpt_bigcode is its name elsewhere.
+        fixed=_NO_CROSS_ATTENTION | {"attention_head_type": ("multihead",)},
     ),
     Family(
         title="StarCoder",
@@ -224,6 +260,14 @@ FAMILIES = (
     ),
     Family(title="GPT-Neo", model_types=("gpt_neo",), table=_NEO, build=_neo, tokenizer="byte-level BPE (GPT-2)"),
     Family(title="OPT", model_types=("opt",), table=_OPT, build=_opt, tokenizer="byte-level BPE (GPT-2)"),
+    Family(
+        title="XGLM",
+        model_types=("xglm",),
+        table=_XGLM,
+        build=_xglm,
+        tokenizer="SentencePiece Unigram (256k)",
+        fixed=_NO_CROSS_ATTENTION,
+    ),
     Family(
         title="BLOOM",
         model_types=("bloom",),
@@ -239,6 +283,8 @@ FAMILIES = (
         build=_mpt,
         tokenizer="byte-level BPE (NeoX)",
         fixed={
+            # transformers' class has four times hidden_size whatever the config says.
+            "expansion_ratio": (4,),
             "no_bias": (True,),
             "norm_type": ("low_precision_layernorm", "layernorm"),
             "embedding_fraction": (1.0,),
@@ -247,5 +293,13 @@ FAMILIES = (
             "attn_config.prefix_lm": (False,),
             "attn_config.qk_ln": (False,),
         },
+    ),
+    Family(
+        title="MPT",
+        model_types=("mosaic_gpt",),
+        table=_MOSAIC_GPT,
+        build=_mosaic_gpt,
+        tokenizer="byte-level BPE (NeoX)",
+        fixed={"no_bias": (True,), "alibi": (True,), "prefix_lm": (False,), "embedding_fraction": (1.0,)},
     ),
 )

@@ -11,13 +11,11 @@ from simllm.models.families.fields import (
     probability,
     size,
     text,
-    texts,
 )
 from simllm.models.families.parts import (
     DECODER,
     LAYER_NORM,
     LAYER_NORM_NO_BIAS,
-    LAYER_NORM_PLAIN,
     RMS_NORM,
     Family,
     attention,
@@ -110,50 +108,6 @@ def _baichuan(v: Values) -> ModelSpec:
     return decoder(v, blocks, final_norm=RMS_NORM, notes=(f"position kind assumed from hidden_size: {kind}",))
 
 
-_INTERNLM: Table = DECODER | {
-    "num_key_value_heads": size("num_key_value_heads", default=None),
-    "bias": flag("bias", default=True),
-}
-
-
-def _internlm(v: Values) -> ModelSpec:
-    bias = v.flag("bias")
-    mixer = attention(v, qkv_bias=bias, out_bias=bias)
-    return _uniform(v, BlockSpec(mixer=mixer, mlp=gated_mlp(v), norm=RMS_NORM), RMS_NORM)
-
-
-_OLMO: Table = DECODER | {
-    "num_key_value_heads": size("num_key_value_heads", default=None),
-    "max_position_embeddings": context("max_position_embeddings", default=2048),
-    "attention_bias": flag("attention_bias", default=False),
-}
-
-
-def _olmo(v: Values) -> ModelSpec:
-    bias = v.flag("attention_bias")
-    mixer = attention(v, qkv_bias=bias, out_bias=bias)
-    return _uniform(v, BlockSpec(mixer=mixer, mlp=gated_mlp(v), norm=LAYER_NORM_PLAIN), LAYER_NORM_PLAIN)
-
-
-_OLMO3: Table = _OLMO | {
-    "sliding_window": size("sliding_window", default=4096, optional=True),
-    "layer_types": texts("layer_types"),
-}
-
-
-def _olmo2(v: Values) -> ModelSpec:
-    bias = v.flag("attention_bias")
-
-    def block(window: int | None) -> BlockSpec:
-        mixer = attention(
-            v, sliding_window=window, qkv_bias=bias, out_bias=bias, qk_norm=RMS_NORM, qk_norm_per_head=False
-        )
-        return BlockSpec(mixer=mixer, mlp=gated_mlp(v), norm=RMS_NORM, norm_placement="output")
-
-    # OLMo 3: three local layers, then a global one. OLMo 2 has no windows.
-    return decoder(v, stack_of(windows(v, lambda index: (index + 1) % 4 != 0), block), final_norm=RMS_NORM)
-
-
 _STABLELM: Table = DECODER | {
     "num_key_value_heads": size("num_key_value_heads", default=32, optional=True),
     "max_position_embeddings": context("max_position_embeddings", default=4096),
@@ -205,7 +159,8 @@ def _nemotron(v: Values) -> ModelSpec:
 FAMILIES = (
     Family(
         title="LLaMA",
-        model_types=("llama",),
+        # Yi's first configs had a model_type of their own.
+        model_types=("llama", "Yi"),
         table=_LLAMA,
         build=_llama,
         tokenizer="SentencePiece BPE (LLaMA 1 and 2), tiktoken byte-level BPE (Llama 3)",
@@ -236,20 +191,13 @@ FAMILIES = (
         title="Baichuan", model_types=("baichuan",), table=_BAICHUAN, build=_baichuan, tokenizer="SentencePiece BPE"
     ),
     Family(
-        title="InternLM",
-        model_types=("internlm", "internlm2"),
-        table=_INTERNLM,
-        build=_internlm,
-        tokenizer="SentencePiece BPE",
+        title="StableLM",
+        # The remote code of 2023 had a model_type of its own.
+        model_types=("stablelm", "stablelm_epoch"),
+        table=_STABLELM,
+        build=_stablelm,
+        tokenizer="byte-level BPE",
     ),
-    Family(title="OLMo", model_types=("olmo",), table=_OLMO, build=_olmo, tokenizer="byte-level BPE (NeoX)"),
-    Family(
-        title="OLMo-2", model_types=("olmo2",), table=_OLMO, build=_olmo2, tokenizer="tiktoken byte-level BPE (100k)"
-    ),
-    Family(
-        title="OLMo-3", model_types=("olmo3",), table=_OLMO3, build=_olmo2, tokenizer="tiktoken byte-level BPE (100k)"
-    ),
-    Family(title="StableLM", model_types=("stablelm",), table=_STABLELM, build=_stablelm, tokenizer="byte-level BPE"),
     Family(
         title="StarCoder2",
         model_types=("starcoder2",),

@@ -1,4 +1,4 @@
-"""State-space models and their hybrids: Mamba, Jamba."""
+"""State-space models and their hybrids: Mamba, Falcon-Mamba, Jamba."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from simllm.models.families.fields import (
     vocabulary,
 )
 from simllm.models.families.parts import DECODER, RMS_NORM, Family, attention, decoder, gated_mlp, mixture, stack_of
-from simllm.models.spec import AttentionSpec, BlockSpec, MambaSpec, MLPSpec, ModelSpec, MoESpec
+from simllm.models.spec import AttentionSpec, BlockSpec, MambaSpec, MLPSpec, ModelSpec, MoESpec, NormSpec
 
 __all__ = ["FAMILIES"]
 
@@ -35,7 +35,11 @@ _MAMBA: Table = {
 }
 
 
-def _mixer(v: Values, inner_norms: bool) -> MambaSpec:
+#: Scales dt, B and C to unit length; no weights (Falcon-Mamba, arXiv:2410.05355, section 2).
+_RMS_PLAIN = NormSpec(kind="rmsnorm", affine=False)
+
+
+def _mixer(v: Values, inner_norm: NormSpec | None) -> MambaSpec:
     hidden = v.integer("hidden_size")
     return MambaSpec(
         inner_size=v.maybe("inner_size") or v.integer("expand") * hidden,
@@ -45,13 +49,21 @@ def _mixer(v: Values, inner_norms: bool) -> MambaSpec:
         dt_rank=v.maybe("dt_rank") or -(-hidden // 16),
         conv_bias=v.flag("conv_bias"),
         proj_bias=v.flag("proj_bias"),
-        inner_norms=inner_norms,
+        inner_norm=inner_norm,
     )
 
 
-def _mamba(v: Values) -> ModelSpec:
-    block = BlockSpec(mixer=_mixer(v, inner_norms=False), mlp=None, norm=RMS_NORM)
+def _model(v: Values, inner_norm: NormSpec | None) -> ModelSpec:
+    block = BlockSpec(mixer=_mixer(v, inner_norm), mlp=None, norm=RMS_NORM)
     return decoder(v, (block,) * v.integer("num_hidden_layers"), final_norm=RMS_NORM)
+
+
+def _mamba(v: Values) -> ModelSpec:
+    return _model(v, None)
+
+
+def _falcon_mamba(v: Values) -> ModelSpec:
+    return _model(v, _RMS_PLAIN)
 
 
 _JAMBA: Table = DECODER | {
@@ -78,7 +90,7 @@ def _jamba(v: Values) -> ModelSpec:
 
     def block(key: tuple[bool, bool]) -> BlockSpec:
         attends, sparse = key
-        mixer: AttentionSpec | MambaSpec = _mixer(v, inner_norms=True)
+        mixer: AttentionSpec | MambaSpec = _mixer(v, RMS_NORM)
         if attends:
             mixer = attention(v, position="none")
         mlp: MLPSpec | MoESpec = gated_mlp(v)
@@ -101,6 +113,13 @@ FAMILIES = (
         build=_mamba,
         tokenizer="byte-level BPE (NeoX)",
         fixed={"ssm_cfg": ({},)},
+    ),
+    Family(
+        title="Falcon-Mamba",
+        model_types=("falcon_mamba",),
+        table=_MAMBA,
+        build=_falcon_mamba,
+        tokenizer="byte-level BPE (65k)",
     ),
     Family(title="Jamba", model_types=("jamba",), table=_JAMBA, build=_jamba, tokenizer="SentencePiece BPE (65k)"),
 )

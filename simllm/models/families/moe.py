@@ -1,4 +1,4 @@
-"""Mixtures of experts on a plain decoder: Mixtral, DBRX, Grok-1, Qwen-MoE, OLMoE, gpt-oss, Llama 4."""
+"""Mixtures of experts on a plain decoder: Mixtral, Phi-MoE, DBRX, Grok-1, OLMoE, gpt-oss, Llama 4."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from simllm.models.families.fields import (
     Table,
     Values,
     context,
-    count,
     experts,
     flag,
     integers,
@@ -19,6 +18,7 @@ from simllm.models.families.fields import (
 )
 from simllm.models.families.parts import (
     DECODER,
+    LAYER_NORM,
     LAYER_NORM_NO_BIAS,
     RMS_NORM,
     Family,
@@ -30,7 +30,6 @@ from simllm.models.families.parts import (
     stack_of,
     windows,
 )
-from simllm.models.families.qwen import SLIDING_ABOVE
 from simllm.models.spec import BlockSpec, MLPSpec, ModelSpec, MoESpec, NormSpec
 
 __all__ = ["FAMILIES"]
@@ -47,6 +46,58 @@ _MIXTRAL: Table = DECODER | {
 
 def _mixtral(v: Values) -> ModelSpec:
     mixer = attention(v, sliding_window=v.maybe("sliding_window"))
+    block = BlockSpec(mixer=mixer, mlp=mixture(v, gated_mlp(v)), norm=RMS_NORM)
+    return decoder(v, (block,) * v.integer("num_hidden_layers"), final_norm=RMS_NORM)
+
+
+_PHIMOE: Table = DECODER | {
+    "num_key_value_heads": size("num_key_value_heads", default=8, optional=True),
+    "head_dim": size("head_dim", default=None),
+    "max_position_embeddings": context("max_position_embeddings", default=131072),
+    "sliding_window": size("sliding_window", default=None),
+    "attention_bias": flag("attention_bias", default=False),
+    "lm_head_bias": flag("lm_head_bias", default=False),
+    "num_experts": experts("num_local_experts", "num_experts", default=16),
+    "num_experts_per_tok": experts("num_experts_per_tok", default=2),
+}
+
+
+def _phimoe(v: Values) -> ModelSpec:
+    bias = v.flag("attention_bias")
+
+    def block(window: int | None) -> BlockSpec:
+        mixer = attention(v, sliding_window=window, qkv_bias=bias, out_bias=bias)
+        return BlockSpec(mixer=mixer, mlp=mixture(v, gated_mlp(v)), norm=LAYER_NORM)
+
+    return decoder(v, stack_of(windows(v), block), final_norm=LAYER_NORM, head_bias=v.flag("lm_head_bias"))
+
+
+_GRANITE_MOE: Table = DECODER | {
+    "num_key_value_heads": size("num_key_value_heads", default=None),
+    "max_position_embeddings": context("max_position_embeddings", default=2048),
+    "attention_bias": flag("attention_bias", default=False),
+    "num_experts": experts("num_local_experts", "num_experts", default=8),
+    "num_experts_per_tok": experts("num_experts_per_tok", default=2),
+}
+
+
+def _granite_moe(v: Values) -> ModelSpec:
+    bias = v.flag("attention_bias")
+    block = BlockSpec(mixer=attention(v, qkv_bias=bias, out_bias=bias), mlp=mixture(v, gated_mlp(v)), norm=RMS_NORM)
+    return decoder(v, (block,) * v.integer("num_hidden_layers"), final_norm=RMS_NORM)
+
+
+_MINIMAX_M2: Table = DECODER | {
+    "num_key_value_heads": size("num_key_value_heads", default=8, optional=True),
+    "head_dim": size("head_dim", default=128, optional=True),
+    "max_position_embeddings": context("max_position_embeddings", default=196608),
+    "num_experts": experts("num_local_experts", "num_experts", default=256),
+    "num_experts_per_tok": experts("num_experts_per_tok", default=8),
+}
+
+
+def _minimax_m2(v: Values) -> ModelSpec:
+    mixer = attention(v, qk_norm=RMS_NORM, qk_norm_per_head=False)
     block = BlockSpec(mixer=mixer, mlp=mixture(v, gated_mlp(v)), norm=RMS_NORM)
     return decoder(v, (block,) * v.integer("num_hidden_layers"), final_norm=RMS_NORM)
 
@@ -85,76 +136,6 @@ _GROK: Table = DECODER | {
 def _grok(v: Values) -> ModelSpec:
     block = BlockSpec(mixer=attention(v), mlp=mixture(v, gated_mlp(v)), norm=RMS_NORM, norm_placement="sandwich")
     return decoder(v, (block,) * v.integer("num_hidden_layers"), final_norm=RMS_NORM)
-
-
-_QWEN2_MOE: Table = (
-    DECODER
-    | SLIDING_ABOVE
-    | {
-        "num_key_value_heads": size("num_key_value_heads", default=16, optional=True),
-        "max_position_embeddings": context("max_position_embeddings", default=32768),
-        "qkv_bias": flag("qkv_bias", default=True),
-        "moe_intermediate_size": size("moe_intermediate_size", default=1408),
-        "shared_expert_intermediate_size": size("shared_expert_intermediate_size", default=5632),
-        "num_experts": experts("num_experts", "num_local_experts", default=60),
-        "num_experts_per_tok": experts("num_experts_per_tok", default=4),
-        "decoder_sparse_step": size("decoder_sparse_step", default=1),
-        "mlp_only_layers": integers("mlp_only_layers", default=()),
-    }
-)
-
-
-def _sparse(v: Values) -> tuple[bool, ...]:
-    """Which layers have experts: every ``decoder_sparse_step``-th, but none of ``mlp_only_layers``."""
-    step, dense = v.integer("decoder_sparse_step"), set(v.tuple_of_int("mlp_only_layers") or ())
-    return tuple(i not in dense and (i + 1) % step == 0 for i in range(v.integer("num_hidden_layers")))
-
-
-def _qwen2_moe(v: Values) -> ModelSpec:
-    number, below = v.integer("num_hidden_layers"), v.integer("max_window_layers")
-    # Unlike Qwen2, windows are on every second layer below max_window_layers.
-    local = windows(v, lambda i: i % 2 == 0 and i < below) if v.flag("use_sliding_window") else (None,) * number
-
-    def block(key: tuple[int | None, bool]) -> BlockSpec:
-        window, sparse = key
-        mlp: MLPSpec | MoESpec = gated_mlp(v)
-        if sparse:
-            expert = gated_mlp(v, intermediate_size=v.integer("moe_intermediate_size"))
-            shared = gated_mlp(v, intermediate_size=v.integer("shared_expert_intermediate_size"))
-            mlp = mixture(v, expert, shared=shared, shared_gate=True)
-        mixer = attention(v, sliding_window=window, qkv_bias=v.flag("qkv_bias"))
-        return BlockSpec(mixer=mixer, mlp=mlp, norm=RMS_NORM)
-
-    return decoder(v, stack_of(zip(local, _sparse(v), strict=True), block), final_norm=RMS_NORM)
-
-
-_QWEN3_MOE: Table = DECODER | {
-    "num_key_value_heads": size("num_key_value_heads", default=4, optional=True),
-    "head_dim": size("head_dim", default=None),
-    "max_position_embeddings": context("max_position_embeddings", default=32768),
-    "attention_bias": flag("attention_bias", default=False),
-    "use_sliding_window": flag("use_sliding_window", default=False),
-    "sliding_window": count("sliding_window", default=4096, optional=True),
-    "moe_intermediate_size": size("moe_intermediate_size", default=768),
-    "num_experts": experts("num_experts", "num_local_experts", default=128),
-    "num_experts_per_tok": experts("num_experts_per_tok", default=8),
-    "decoder_sparse_step": size("decoder_sparse_step", default=1),
-    "mlp_only_layers": integers("mlp_only_layers", default=()),
-}
-
-
-def _qwen3_moe(v: Values) -> ModelSpec:
-    bias = v.flag("attention_bias")
-    window = (v.maybe("sliding_window") or None) if v.flag("use_sliding_window") else None
-
-    def block(sparse: bool) -> BlockSpec:
-        mlp: MLPSpec | MoESpec = gated_mlp(v)
-        if sparse:
-            mlp = mixture(v, gated_mlp(v, intermediate_size=v.integer("moe_intermediate_size")))
-        mixer = attention(v, sliding_window=window, qkv_bias=bias, out_bias=bias, qk_norm=RMS_NORM)
-        return BlockSpec(mixer=mixer, mlp=mlp, norm=RMS_NORM)
-
-    return decoder(v, stack_of(_sparse(v), block), final_norm=RMS_NORM)
 
 
 _OLMOE: Table = DECODER | {
@@ -250,12 +231,32 @@ def _llama4(v: Values) -> ModelSpec:
     return decoder(v, stack_of(keys, block), final_norm=RMS_NORM, notes=notes if chunk else ())
 
 
-_TIKTOKEN_151K = "tiktoken byte-level BPE (151k)"
 _TIKTOKEN_200K = "tiktoken byte-level BPE (200k)"
 
 FAMILIES = (
     Family(
         title="Mixtral", model_types=("mixtral",), table=_MIXTRAL, build=_mixtral, tokenizer="SentencePiece BPE (32k)"
+    ),
+    Family(
+        title="Phi-MoE",
+        model_types=("phimoe",),
+        table=_PHIMOE,
+        build=_phimoe,
+        tokenizer="SentencePiece BPE (32k)",
+    ),
+    Family(
+        title="Granite-MoE",
+        model_types=("granitemoe",),
+        table=_GRANITE_MOE,
+        build=_granite_moe,
+        tokenizer="byte-level BPE (StarCoder)",
+    ),
+    Family(
+        title="MiniMax-M2",
+        model_types=("minimax_m2",),
+        table=_MINIMAX_M2,
+        build=_minimax_m2,
+        tokenizer=_TIKTOKEN_200K,
     ),
     Family(
         title="DBRX",
@@ -265,8 +266,6 @@ FAMILIES = (
         tokenizer="tiktoken byte-level BPE (100k)",
     ),
     Family(title="Grok-1", model_types=("grok-1",), table=_GROK, build=_grok, tokenizer="SentencePiece BPE (131k)"),
-    Family(title="Qwen-MoE", model_types=("qwen2_moe",), table=_QWEN2_MOE, build=_qwen2_moe, tokenizer=_TIKTOKEN_151K),
-    Family(title="Qwen3-MoE", model_types=("qwen3_moe",), table=_QWEN3_MOE, build=_qwen3_moe, tokenizer=_TIKTOKEN_151K),
     Family(title="OLMoE", model_types=("olmoe",), table=_OLMOE, build=_olmoe, tokenizer="byte-level BPE (NeoX)"),
     Family(
         title="gpt-oss",

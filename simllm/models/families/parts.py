@@ -199,6 +199,8 @@ def decoder(
     relative_attention_num_buckets: int = 0,
     embedding_size: int | None = None,
     head_bias: bool = False,
+    vocab_size: int | None = None,
+    sinusoidal: bool = False,
     architecture: Architecture = "causal-decoder",
     notes: tuple[str, ...] = (),
 ) -> ModelSpec:
@@ -208,11 +210,12 @@ def decoder(
         family="",
         model_type="",
         architecture=architecture,
-        vocab_size=v.integer("vocab_size"),
+        vocab_size=vocab_size or v.integer("vocab_size"),
         hidden_size=v.integer("hidden_size"),
         decoder=StackSpec(
             layers=blocks,
             positions=positions,
+            sinusoidal=sinusoidal,
             embedding_norm=embedding_norm,
             final_norm=final_norm,
             relative_attention_num_buckets=relative_attention_num_buckets,

@@ -18,7 +18,7 @@ from simllm.models.families.fields import (
 from simllm.models.families.parts import DECODER, RMS_NORM, Family, attention, decoder, gated_mlp, stack_of, windows
 from simllm.models.spec import BlockSpec, ModelSpec
 
-__all__ = ["FAMILIES", "SLIDING_ABOVE", "sliding_above"]
+__all__ = ["FAMILIES", "SLIDING_ABOVE", "TIKTOKEN_151K", "sliding_above"]
 
 #: Qwen2 and Qwen3: windows, when switched on, from layer max_window_layers upwards.
 SLIDING_ABOVE: Table = {
@@ -98,10 +98,10 @@ def _qwen(v: Values) -> ModelSpec:
     return decoder(v, (block,) * v.integer("num_hidden_layers"), final_norm=RMS_NORM)
 
 
-_TIKTOKEN_151K = "tiktoken byte-level BPE (151k)"
+TIKTOKEN_151K = "tiktoken byte-level BPE (151k)"
 
 FAMILIES = (
-    Family(title="Qwen", model_types=("qwen",), table=_QWEN, build=_qwen, tokenizer=_TIKTOKEN_151K),
-    Family(title="Qwen1.5/2/2.5", model_types=("qwen2",), table=_QWEN2, build=_qwen2, tokenizer=_TIKTOKEN_151K),
-    Family(title="Qwen3", model_types=("qwen3",), table=_QWEN3, build=_qwen3, tokenizer=_TIKTOKEN_151K),
+    Family(title="Qwen", model_types=("qwen",), table=_QWEN, build=_qwen, tokenizer=TIKTOKEN_151K),
+    Family(title="Qwen1.5/2/2.5", model_types=("qwen2",), table=_QWEN2, build=_qwen2, tokenizer=TIKTOKEN_151K),
+    Family(title="Qwen3", model_types=("qwen3",), table=_QWEN3, build=_qwen3, tokenizer=TIKTOKEN_151K),
 )

@@ -1,0 +1,50 @@
+"""A fitted link class as a profile in YAML."""
+
+from __future__ import annotations
+
+import json
+
+import msgspec
+
+from simllm.hardware.figures import Figure
+from simllm.hardware.profiles import figures_of
+from simllm.validation.link_fit import FittedSweep, LinkFit, error_summary
+
+__all__ = ["link_yaml"]
+
+
+def link_yaml(fit: LinkFit) -> str:
+    """A fitted link class as a profile, with what the fit leaves over as comments."""
+    lines = [
+        f"# {fit.link.name} as fitted by `simllm calibrate collectives`. Errors of the fitted times, median and p90:",
+        *(f"# {_summary(found)}" for found in fit.sweeps),
+    ]
+    for name in fit.link.__struct_fields__:
+        value = getattr(fit.link, name)
+        if isinstance(value, Figure):
+            lines.append(f"{name}: {_figure_yaml(value)}")
+        elif isinstance(value, msgspec.Struct):
+            lines.append(f"{name}:")
+            lines += [f"  {key}: {_figure_yaml(figure)}" for key, figure in figures_of(value).items()]
+        elif isinstance(value, tuple):
+            lines += [f"{name}: [{', '.join(map(json.dumps, value))}]"] if value else []
+        elif value is not None:
+            lines.append(f"{name}: {json.dumps(value) if name == 'description' else value}")
+    return "\n".join(lines) + "\n"
+
+
+def _summary(found: FittedSweep) -> str:
+    errors = error_summary(found.errors)
+    sweep = found.sweep
+    aside = "" if sweep.fitted else ", not in the fit"
+    return (
+        f"{sweep.operation} of {sweep.group.size} ranks, {len(found.fitted_s)} sizes: "
+        f"{errors['median_absolute_percentage_error']:.1f} % and {errors['p90_absolute_percentage_error']:.1f} %{aside}"
+    )
+
+
+def _figure_yaml(figure: Figure) -> str:
+    cells = {"value": figure.value, "unit": figure.unit, "basis": figure.basis, "source": json.dumps(figure.source)}
+    if figure.note:
+        cells["note"] = json.dumps(figure.note)
+    return "{" + ", ".join(f"{name}: {value}" for name, value in cells.items()) + "}"

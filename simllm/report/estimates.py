@@ -74,7 +74,8 @@ def estimate_report(answer: Estimate, run: Budget | None = None) -> list[Rendera
         "batch": f"{plan.global_batch_size} sequences, {format_count(answer.tokens_per_step)} tokens a step, {batches}",
         "step time": step_line(answer),
         "throughput": f"{answer.tokens_per_s_per_gpu:,.0f} tokens/s a GPU, "
-        f"{answer.model_tflops_per_gpu:.0f} model TFLOP/s a GPU, MFU {answer.mfu:.1%} ({answer.training.flop_convention}), HFU {answer.hfu:.1%}",
+        f"{answer.model_tflops_per_gpu:.0f} model TFLOP/s a GPU, "
+        f"MFU {answer.mfu:.1%} ({answer.training.flop_convention}), HFU {answer.hfu:.1%}",
         "memory": memory_line(answer),
     }
     if run:

@@ -35,7 +35,8 @@ def search_report(search: PlanSearch, runs: Sequence[Budget] = ()) -> list[Rende
         "plan": plan_line(best),
         "step time": step_line(best),
         "throughput": f"{best.tokens_per_s_per_gpu:,.0f} tokens/s a GPU, "
-        f"{best.model_tflops_per_gpu:.0f} model TFLOP/s a GPU, MFU {best.mfu:.1%} ({best.training.flop_convention}), HFU {best.hfu:.1%}",
+        f"{best.model_tflops_per_gpu:.0f} model TFLOP/s a GPU, "
+        f"MFU {best.mfu:.1%} ({best.training.flop_convention}), HFU {best.hfu:.1%}",
         "memory": memory_line(best),
     }
     if runs:

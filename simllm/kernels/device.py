@@ -264,7 +264,16 @@ class Kernels:
         if precision not in ("bf16", "fp16"):
             raise InputError(f"precision={precision}: {implementation} attention runs in bf16 or fp16")
         return flash_attention_time(
-            bind_attention(self.accelerator, entry, self._form, backward, self.profile.memory_efficiency, precision),
+            bind_attention(
+                self.accelerator,
+                entry,
+                self._form,
+                backward,
+                self.profile.memory_efficiency,
+                precision,
+                # The matrix units that attention keeps busy run at the clock of any other long matmul.
+                self._sustained(precision),
+            ),
             batch,
             heads,
             kv_heads,
@@ -301,13 +310,17 @@ class Kernels:
         curve = self._curve(precision)
         if curve != precision and form[curve].peak != form[precision].peak:
             self._assumed[precision] = f"{precision} matmuls on {self.accelerator.name} reach the fractions of {curve}"
-        sustained = 1.0
-        if not self.burst:
-            known = [name for name in form[precision].curves if name in self.profile.sustained]
-            sustained = self.profile.sustained[known[0]] if known else 1.0
-        model = bind_matmul(self.accelerator, self.profile.matmul[curve], self._form, precision, sustained)
+        entry = self.profile.matmul[curve]
+        model = bind_matmul(self.accelerator, entry, self._form, precision, self._sustained(precision))
         self._matmul_models[precision] = model
         return model
+
+    def _sustained(self, precision: str) -> float:
+        """The share of a short benchmark's rate that a long run keeps: clocks fall at the power limit."""
+        if self.burst:
+            return 1.0
+        known = [name for name in self._form.precisions[precision].curves if name in self.profile.sustained]
+        return self.profile.sustained[known[0]] if known else 1.0
 
 
 def bind_matmul(
@@ -340,7 +353,13 @@ def bind_matmul(
 
 
 def bind_attention(
-    accelerator: Accelerator, entry: AttentionEntry, form: FormFile, backward: bool, efficiency: float, precision: str
+    accelerator: Accelerator,
+    entry: AttentionEntry,
+    form: FormFile,
+    backward: bool,
+    efficiency: float,
+    precision: str,
+    sustained: float = 1.0,
 ) -> AttentionModel:
     """A fused attention entry and a device as plain SI numbers."""
     peaks = accelerator.peak_flops
@@ -353,7 +372,7 @@ def bind_attention(
     shape = form.attention
     sizes = sorted(entry.rate)
     return AttentionModel(
-        peak=peak,
+        peak=peak * sustained,
         bandwidth=accelerator.memory_bandwidth,
         efficiency=efficiency,
         units=accelerator.compute_units or 1,

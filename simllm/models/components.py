@@ -15,7 +15,7 @@ _POSITIONS = {
     "transformer-xl": "Transformer-XL relative",
 }
 _NORMS = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}
-_GATED = {"silu": "SwiGLU", "swish": "SwiGLU", "swiglu": "SwiGLU", "gelu": "GeGLU", "relu": "ReGLU"}
+_GATED = {"silu": "SwiGLU", "swish": "SwiGLU", "gelu": "GeGLU", "relu": "ReGLU"}
 
 
 def components(spec: ModelSpec) -> dict[str, str]:

@@ -105,7 +105,7 @@ def test_layers_of_both_stacks_and_of_modules_are_told_apart(cli) -> None:
 
 
 def test_every_model_of_the_catalog_has_a_story(cli) -> None:
-    for row in cli(["models", "compare", *catalog_names(), "--json"]).json:
+    for row in cli("models", "compare", *catalog_names(), "--json").json:
         assert sum(row["parameters"]["by_component"].values()) == row["parameters"]["total"]
         assert sum(kind["layers"] for kind in row["activations"]["layers"]) == row["num_hidden_layers"]
         kept = row["activations"]["bytes_per_token"]

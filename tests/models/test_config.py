@@ -527,3 +527,131 @@ def test_no_value_makes_anything_but_a_spec_or_a_clear_error(data):
         message = "a spec"
     assert message
     assert "\n" not in message
+
+
+# -- further families and their traps ------------------------------------------------------------------------------
+
+
+def test_remote_code_spellings_mean_the_same_model():
+    llama = {**LLAMA, "num_key_value_heads": 4}
+    assert spec(llama, model_type="Yi").decoder == spec(llama).decoder
+    stable = {**LLAMA, "model_type": "stablelm"}
+    assert spec(stable, model_type="stablelm_epoch").decoder == spec(stable).decoder
+    internlm = first(LLAMA, model_type="internlm3", bias=True, qkv_bias=False)
+    assert (internlm.mixer.qkv_bias, internlm.mixer.out_bias, internlm.mlp.bias) == (False, True, True)
+
+
+def test_olmo_of_the_training_code():
+    own = {
+        "model_type": "hf_olmo",
+        "vocab_size": 50280,
+        "embedding_size": 50304,
+        "d_model": 2048,
+        "n_layers": 2,
+        "n_heads": 16,
+        "mlp_ratio": 8,
+        "activation_type": "swiglu",
+        "rope": True,
+        "include_bias": False,
+        "layer_norm_with_affine": False,
+        "weight_tying": True,
+        "max_sequence_length": 2048,
+    }
+    published = spec("olmo-1b", num_hidden_layers=2)
+    model = spec(own)
+    assert model.vocab_size == 50304
+    assert model.decoder.layers[0].mlp == published.decoder.layers[0].mlp
+    assert model.decoder.layers[0].norm == published.decoder.layers[0].norm
+    assert model.decoder.positions == 0
+    assert spec(own, rope=False).decoder.positions == 2048
+    assert first(own, layer_norm_with_affine=True, bias_for_layer_norm=False).norm == NormSpec(kind="layernorm")
+    assert first(own, multi_query_attention=True).mixer.kind == "MQA"
+    plain = first(own, activation_type="gelu").mlp
+    assert (plain.gated, plain.intermediate_size) == (False, 16384)
+    with pytest.raises(UnsupportedError, match="block_type='llama' is not modelled"):
+        spec(own, block_type="llama")
+
+
+def test_first_mpt_normalises_queries_and_keys():
+    config = {"model_type": "mosaic_gpt", "vocab_size": 50432, "d_model": 2048, "n_heads": 16, "n_layers": 24}
+    model = Model(spec(config, attn_qk_ln=True))
+    assert model.parameters.total - Model(spec(config)).parameters.total == 24 * 2 * 2048
+    assert model.parameters.total == 50432 * 2048 + 24 * (12 * 2048**2 + 4 * 2048) + 2048
+    assert first(config, mlp_ratio=2).mlp.intermediate_size == 4096
+
+
+def test_sinusoidal_families_have_no_position_tables():
+    xglm = {
+        "model_type": "xglm",
+        "vocab_size": 100,
+        "d_model": 64,
+        "num_layers": 2,
+        "attention_heads": 4,
+        "ffn_dim": 128,
+    }
+    assert (spec(xglm).decoder.positions, spec(xglm).decoder.sinusoidal) == (0, True)
+    nllb = {"model_type": "m2m_100", "vocab_size": 100, "d_model": 64}
+    model = spec(nllb)
+    assert model.encoder.sinusoidal
+    assert (model.encoder.embedding_norm, model.encoder.final_norm) == (None, NormSpec(kind="layernorm", bias=True))
+    assert Model(model).parameters.embedding == 6400
+    assert not spec("bart-base").encoder.sinusoidal
+
+
+def test_exaone_turns_only_in_local_layers():
+    config = {**LLAMA, "model_type": "exaone4", "num_hidden_layers": 8}
+    blocks = spec(config).decoder.layers
+    assert [block.mixer.position for block in blocks] == ["rope", "rope", "rope", "none"] * 2
+    assert windows(spec(config)) == [4096, 4096, 4096, None] * 2
+    assert {block.mixer.position for block in spec(config, sliding_window=None).decoder.layers} == {"rope"}
+    assert blocks[0].norm_placement == "output"
+
+
+def test_switch_steps_of_the_config_win():
+    def sparse(**changes):
+        return [isinstance(block.mlp, MoESpec) for block in spec("switch-base-8", **changes).encoder.layers]
+
+    assert sum(sparse(encoder_sparse_step=4)) == 3
+    assert not any(sparse(encoder_sparse_step=0))
+    assert sparse(encoder_sparse_step=None) == sparse()
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "match"),
+    [
+        ("mpt-7b", {"expansion_ratio": 3}, "expansion_ratio=3 is not modelled"),
+        ("bert-base-uncased", {"tie_word_embeddings": False}, "tie_word_embeddings=False is not modelled"),
+        ("roberta-base", {"tie_word_embeddings": False}, "tie_word_embeddings=False is not modelled"),
+        ("gpt2", {"attention_head_type": "multiquery"}, "attention_head_type='multiquery' is not modelled"),
+        (
+            {
+                **LLAMA,
+                "model_type": "dots1",
+                "moe_intermediate_size": 64,
+                "n_routed_experts": 4,
+                "num_experts_per_tok": 2,
+            },
+            {"max_window_layers": 2},
+            "sliding windows of dots.llm1",
+        ),
+    ],
+)
+def test_what_no_class_would_follow_is_refused_by_name(base, changes, match):
+    with pytest.raises(UnsupportedError, match=match):
+        spec(base, **changes)
+
+
+def test_further_mixtures():
+    deepseek = {**LLAMA, "model_type": "deepseek", "moe_intermediate_size": 64, "n_routed_experts": 4}
+    model = spec(deepseek, num_experts_per_tok=2, n_shared_experts=2, first_k_dense_replace=1)
+    assert [isinstance(block.mlp, MoESpec) for block in model.decoder.layers] == [False, True, True, True]
+    assert model.decoder.layers[1].mlp.shared.intermediate_size == 128
+    assert model.decoder.layers[0].mixer.kind == "MHA"
+    phimoe = spec({**LLAMA, "model_type": "phimoe"}, lm_head_bias=True, attention_bias=True)
+    assert (phimoe.head.bias, phimoe.decoder.layers[0].norm.kind) == (True, "layernorm")
+    falcon_mamba = first({"model_type": "falcon_mamba", "vocab_size": 9, "hidden_size": 16, "num_hidden_layers": 1})
+    assert falcon_mamba.mixer.inner_norm == NormSpec(kind="rmsnorm", affine=False)
+    v2 = {**CONFIGS["deepseek-v2-lite"], "num_hidden_layers": 2}
+    assert spec(v2, mlp_bias=True).decoder.layers[1].mlp.shared.bias
+    v2.pop("n_shared_experts")
+    assert spec(v2).decoder.layers[1].mlp.shared.intermediate_size == 2 * 1408

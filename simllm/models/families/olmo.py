@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from simllm.models.families.fields import (
     Table,
     Values,
@@ -112,7 +114,7 @@ def _hf_olmo(v: Values) -> ModelSpec:
         out_bias=bias,
     )
     mlp = (
-        gated_mlp(v, bias=bias, intermediate_size=width // 2)
+        replace(gated_mlp(v, bias=bias, intermediate_size=width // 2), activation="silu")
         if gated
         else plain_mlp(v, bias=bias, intermediate_size=width)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -87,34 +88,29 @@ def block_weights(graph: Graph, layout: Layout, keep_tied: bool = False) -> tupl
     return dense, expert
 
 
+def _over_blocks(stage: Stage, pp: int, of: Callable[[Graph, bool], tuple[float, float]]) -> tuple[float, float]:
+    """A quantity of dense and expert weights, added up over the blocks of a rank.
+
+    With a pipeline the last rank holds its own copy of a tied token table, as Megatron-LM's does.
+    """
+    blocks = [(graph, times, False) for graph, times in stage.layers]
+    blocks += [(graph, 1, pp > 1 and not stage.first) for graph in stage.extras]
+    dense = expert = 0.0
+    for graph, times, keep_tied in blocks:
+        own_dense, own_expert = of(graph, keep_tied)
+        dense += own_dense * times
+        expert += own_expert * times
+    return dense, expert
+
+
 @lru_cache(maxsize=1 << 16)
 def stage_moments(stage: Stage, layout: Layout, pp: int, optimizer: str, element: int) -> tuple[float, float]:
     """Bytes of optimizer moments of dense and expert weights on one rank of a stage."""
-    dense = expert = 0.0
-    for graph, times in stage.layers:
-        own_dense, own_expert = block_moments(graph, layout, optimizer, element)
-        dense += own_dense * times
-        expert += own_expert * times
-    for graph in stage.extras:
-        own_dense, own_expert = block_moments(graph, layout, optimizer, element, pp > 1 and not stage.first)
-        dense += own_dense
-        expert += own_expert
-    return dense, expert
+    return _over_blocks(stage, pp, lambda graph, tied: block_moments(graph, layout, optimizer, element, tied))
 
 
 @lru_cache(maxsize=1 << 16)
 def stage_weights(stage: Stage, layout: Layout, pp: int) -> tuple[int, int]:
-    """Dense and expert parameters on one rank of a stage.
-
-    With a pipeline the last rank holds its own copy of a tied token table, as Megatron-LM's does.
-    """
-    dense = expert = 0
-    for graph, times in stage.layers:
-        own_dense, own_expert = block_weights(graph, layout)
-        dense += own_dense * times
-        expert += own_expert * times
-    for graph in stage.extras:
-        own_dense, own_expert = block_weights(graph, layout, pp > 1 and not stage.first)
-        dense += own_dense
-        expert += own_expert
-    return dense, expert
+    """Dense and expert parameters on one rank of a stage."""
+    dense, expert = _over_blocks(stage, pp, lambda graph, tied: block_weights(graph, layout, tied))
+    return round(dense), round(expert)

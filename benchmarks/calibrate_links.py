@@ -28,12 +28,13 @@ def fitted_paths(link: Link) -> list[str]:
 
 def with_values(text: str, values: dict[str, float]) -> str:
     """The text of a link profile with other values, everything else as it was."""
-    lines, part = text.splitlines(keepends=True), ""
+    lines, parts = text.splitlines(keepends=True), [""]
     for number, line in enumerate(lines):
-        part = found[1] if (found := re.match(r"(\w+):", line)) else part
-        figure = re.match(r"  (\w+): \{value: [^,]+,", line)
-        if figure and f"{part}.{figure[1]}" in values:
-            value = f"{{value: {values[f'{part}.{figure[1]}']:g},"
+        if found := re.match(r"((?:  )*)(\w+):", line):
+            parts = [*parts[: len(found[1]) // 2], found[2]]
+        path = ".".join(parts)
+        if path in values and re.match(r" *\w+: \{value: [^,]+,", line):
+            value = f"{{value: {values[path]:g},"
             lines[number] = re.sub(r"\{value: [^,]+,", value, line, count=1)
     return "".join(lines)
 

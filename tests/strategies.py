@@ -70,6 +70,7 @@ def specs(draw: st.DrawFn) -> ModelSpec:
         mlp=mlp,
         norm=norm,
         norm_placement="pre" if parallel else draw(st.sampled_from(["pre", "post", "sandwich", "output"])),
+        residual_scale=draw(st.sampled_from([1.0, 2.5])),
         parallel=parallel,
         shared_norm=parallel and draw(st.booleans()),
     )
@@ -92,7 +93,14 @@ def specs(draw: st.DrawFn) -> ModelSpec:
         architecture="causal-decoder",
         vocab_size=draw(st.sampled_from([256, 1000])),
         hidden_size=hidden,
-        decoder=StackSpec(layers=tuple(layers), positions=draw(st.sampled_from([0, 1024])), final_norm=norm),
+        decoder=StackSpec(
+            layers=tuple(layers),
+            positions=draw(st.sampled_from([0, 1024])),
+            sinusoidal=draw(st.booleans()),
+            final_norm=norm,
+        ),
+        vocab_multiple=draw(st.sampled_from([1, 128])),
+        multi_token_prediction=(layers[-1],) * draw(st.integers(0, 2)),
         head=HeadSpec(tied=draw(st.booleans()), bias=draw(st.booleans())),
         hidden_dropout=dropout,
         attention_dropout=dropout,

@@ -13,15 +13,31 @@ from typing import Any, Literal
 
 import msgspec
 
-from simllm.hardware.figures import Count, Figure
+from simllm.hardware.figures import Bytes, BytesPerSecond, Count, Figure
 from simllm.hardware.profiles import find_profile, list_profiles, load_profile, load_profile_file, register_kind
 
-__all__ = ["ALGORITHMS", "Curve", "Link", "Part", "Seconds", "SlotParts", "SwitchCurve", "list_links", "load_link"]
+__all__ = [
+    "ALGORITHMS",
+    "PROTOCOLS",
+    "Curve",
+    "Link",
+    "Part",
+    "Posting",
+    "Protocol",
+    "Seconds",
+    "SlotParts",
+    "SwitchCurve",
+    "list_links",
+    "load_link",
+]
 
-Algorithm = Literal["ring", "tree", "nvls", "nvls_tree", "hierarchical", "torus"]
+Algorithm = Literal["ring", "tree", "nvls", "nvls_tree", "collnet", "pat", "hierarchical", "torus"]
 
 #: Algorithms that a link class may offer; point to point and all-to-all exist everywhere.
-ALGORITHMS: tuple[str, ...] = ("ring", "tree", "nvls", "nvls_tree", "hierarchical", "torus")
+ALGORITHMS: tuple[str, ...] = ("ring", "tree", "nvls", "nvls_tree", "collnet", "pat", "hierarchical", "torus")
+
+#: Ways to move a slot, from the cheapest step to the highest bandwidth (NCCL's names).
+PROTOCOLS: tuple[str, ...] = ("LL", "LL128", "Simple")
 
 
 class Seconds(Figure, frozen=True):
@@ -49,8 +65,34 @@ class SlotParts(Figure, frozen=True):
     minimum = 0.0
 
 
+class Protocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A protocol for short messages: flags travel with the data, so steps are cheap and bandwidth is lost.
+
+    Attributes
+    ----------
+    step : Figure
+        One step on the critical path.
+    efficiency : Figure
+        Part of the wire's bandwidth that it reaches.
+    slot : Figure or None
+        The largest slot (what one step carries) that the library sends in it; None for any.
+    launch : Figure or None
+        Cost of a call before its first step; None for that of large messages.
+    ramp : Figure or None
+        Filling time of the pipeline; None where messages so short are not cut into chunks.
+    """
+
+    launch: Seconds | None = None
+    step: Seconds
+    efficiency: Part
+    slot: Bytes | None = None
+    ramp: Seconds | None = None
+
+
 class Curve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Time of one way of using a link: ``launch + steps * step + S / (efficiency * B) + 2 sqrt(ramp * S / B)``.
+    """Time of one way of using a link, ``launch + steps * step + S / (efficiency * B) + 2 sqrt(ramp * S / B)``.
+
+    The figures are those of large messages (NCCL's Simple protocol); `ll` and `ll128` hold what differs in the others.
 
     Attributes
     ----------
@@ -59,58 +101,126 @@ class Curve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     launch : Figure
         Cost of a call before its first step; of a scale-out link: what leaving the domain adds to it.
     step : Figure
-        One step on the critical path in the protocol with the cheapest steps (LL).
-    bulk_step : Figure or None
-        The same in the protocol of large messages (Simple); None where both cost the same.
-    inner_bulk_step : Figure or None
-        Of a scale-out link: a step inside a domain in that protocol, in a collective that crosses this link; None for
-        the step of the link inside. A collective that stays in its domain keeps cheap steps to larger sizes.
+        One step on the critical path.
+    inner_step : Figure or None
+        Of a scale-out link: a step inside a domain in a collective that crosses this link with large messages; None
+        for the step of the link inside.
     ramp : Figure
         Filling time of the pipeline, see `simllm.network.terms`.
     copy : Figure or None
         Slots that each GPU copies locally, for rings and all-to-all; None for none.
+    injection : Figure or None
+        Of a broadcast: the rate at which the root hands short messages to the ring and goes on to the next call.
+    ll, ll128 : Protocol or None
+        NCCL's protocols of short messages, where the library has them.
     """
 
     efficiency: Part
     launch: Seconds
     step: Seconds
-    bulk_step: Seconds | None = None
-    inner_bulk_step: Seconds | None = None
+    inner_step: Seconds | None = None
     ramp: Seconds
     copy: SlotParts | None = None
+    injection: BytesPerSecond | None = None
+    ll: Protocol | None = None
+    ll128: Protocol | None = None
 
-    @property
-    def bulk_step_s(self) -> float:
-        """A step in the protocol of large messages, never cheaper than the other."""
-        return self.step.si if self.bulk_step is None else max(self.step.si, self.bulk_step.si)
+    def has(self, protocol: str) -> bool:
+        """Whether the library can use the link so."""
+        return protocol == "Simple" or self._short(protocol) is not None
 
-    def inner_bulk_step_s(self, inside: Curve) -> float:
-        """A step over the link ``inside`` the domains, in a collective that crosses this one with large messages."""
-        if self.inner_bulk_step is None:
-            return inside.bulk_step_s
-        return max(inside.step.si, self.inner_bulk_step.si)
+    def launch_s(self, protocol: str) -> float:
+        """Cost of a call before its first step."""
+        short = self._short(protocol)
+        return self.launch.si if short is None or short.launch is None else short.launch.si
+
+    def step_s(self, protocol: str) -> float:
+        """One step on the critical path."""
+        short = self._short(protocol)
+        return self.step.si if short is None else short.step.si
+
+    def inner_step_s(self, protocol: str, inside: Curve) -> float:
+        """A step over the link ``inside`` the domains, in a collective that crosses this one."""
+        if protocol != "Simple" or self.inner_step is None:
+            return inside.step_s(protocol)
+        return self.inner_step.si
+
+    def part(self, protocol: str) -> float:
+        """The part of the wire that large enough messages reach."""
+        short = self._short(protocol)
+        return self.efficiency.si if short is None else short.efficiency.si
+
+    def slot_bytes(self, protocol: str) -> float:
+        """The largest slot that the library sends so."""
+        short = self._short(protocol)
+        return float("inf") if short is None or short.slot is None else short.slot.si
+
+    def ramp_s(self, protocol: str) -> float:
+        """Filling time of the pipeline."""
+        short = self._short(protocol)
+        if short is None:
+            return self.ramp.si
+        return 0.0 if short.ramp is None else short.ramp.si
 
     @property
     def copied_slots(self) -> float:
         """Slots copied locally."""
         return 0.0 if self.copy is None else self.copy.si
 
+    def _short(self, protocol: str) -> Protocol | None:
+        return self.ll if protocol == "LL" else self.ll128 if protocol == "LL128" else None
+
 
 class SwitchCurve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """In-switch reduction (NVLink SHARP): the switch adds, so a GPU sends its data once.
+    """Reduction in the switch: NVLink SHARP inside a domain, InfiniBand SHARP between domains.
 
     Attributes
     ----------
     efficiency, launch, ramp : Figure
         As in `Curve`.
     minimum_group : Figure
-        Fewest GPUs of a domain for which the library uses it.
+        Fewest members (GPUs of a domain; domains of a group) for which the library uses it.
     """
 
     efficiency: Part
     launch: Seconds
     ramp: Seconds
     minimum_group: Count
+
+    def launch_s(self, protocol: str) -> float:
+        """Cost of a call before its first step."""
+        return self.launch.si
+
+    def has(self, protocol: str) -> bool:
+        """The switch reduces whole chunks only."""
+        return protocol == "Simple"
+
+    def part(self, protocol: str) -> float:
+        """The part of the wire that large enough messages reach."""
+        return self.efficiency.si
+
+    def slot_bytes(self, protocol: str) -> float:
+        """No limit."""
+        return float("inf")
+
+    def ramp_s(self, protocol: str) -> float:
+        """Filling time of the pipeline."""
+        return self.ramp.si
+
+
+class Posting(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the host needs to hand a collective to the GPUs, one after the other, when one process drives several.
+
+    Attributes
+    ----------
+    launch : Figure
+        One kernel on one GPU.
+    message : Figure
+        One send or receive of a grouped point-to-point operation.
+    """
+
+    launch: Seconds
+    message: Seconds
 
 
 class Link(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -122,16 +232,28 @@ class Link(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         Canonical name, the file name.
     scope : str
         ``scale-up`` (inside a domain) or ``scale-out`` (between domains).
+    like : str or None
+        The class nearest in kind, whose figures hold where this one was never measured.
     algorithms : tuple of str
         Of a scale-up link: algorithms of the library that drives it.
     ring, all_to_all, p2p : Curve
-        Ring collectives and broadcast, all-to-all, send and receive.
+        Ring collectives, all-to-all, send and receive.
+    broadcast : Curve or None
+        Broadcast along the ring; None for the figures of `ring`.
     tree : Curve or None
         Tree all-reduce across domains; of a scale-out link.
     switch : SwitchCurve or None
-        In-switch reduction; of a scale-up link whose switch has it.
+        In-switch reduction, where the switches of this class have it.
+    pair : Curve or None
+        Of PCIe: ring collectives of two GPUs, which meet at a switch below the host; None for the figures of `ring`.
+    host_limit : Figure or None
+        Of PCIe: the most that one GPU exchanges with others through the root complex of the host, whatever its slot.
+    shared : bool
+        Whether all members of a domain share the bandwidth of one link, as transfers staged in host memory do.
     rails : Figure or None
         Of a scale-up link: the most GPUs of a domain through which one collective leaves it; None for all of them.
+    posting : Posting or None
+        Of a scale-up link: cost of driving several GPUs from one process.
     """
 
     kind: Literal["link"]
@@ -139,19 +261,28 @@ class Link(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     aliases: tuple[str, ...] = ()
     scope: Literal["scale-up", "scale-out"]
     description: str
+    like: str | None = None
     algorithms: tuple[Algorithm, ...] = ()
     ring: Curve
+    broadcast: Curve | None = None
     tree: Curve | None = None
     switch: SwitchCurve | None = None
     all_to_all: Curve
     p2p: Curve
+    pair: Curve | None = None
+    host_limit: BytesPerSecond | None = None
+    shared: bool = False
     rails: Count | None = None
+    posting: Posting | None = None
 
     def __post_init__(self) -> None:
         if self.scope == "scale-up" and not self.algorithms:
             raise ValueError(f"a scale-up link names the algorithms of its library; use {', '.join(ALGORITHMS)}")
-        if self.scope == "scale-out" and (self.algorithms or self.switch or self.rails):
-            raise ValueError("algorithms, switch and rails belong to the scale-up link of a system")
+        inside = (self.algorithms, self.rails, self.posting, self.shared, self.pair, self.host_limit)
+        if self.scope == "scale-out" and any(inside):
+            raise ValueError(
+                "algorithms, rails, posting, shared, pair and host_limit belong to the scale-up link of a system"
+            )
         if {"nvls", "nvls_tree"} & set(self.algorithms) and self.switch is None:
             raise ValueError("nvls and nvls_tree need the figures of `switch`")
 
@@ -179,7 +310,9 @@ def load_link(name: str) -> Link:
 
 
 def _check(path: Path, data: dict[str, Any]) -> list[str]:
-    load_profile(data, Link, str(path))
+    link = load_profile(data, Link, str(path))
+    if link.like is not None and link.like not in list_links():
+        return [f"{path}: like: no link class {link.like!r}; use {', '.join(list_links())}"]
     return []
 
 

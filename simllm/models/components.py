@@ -131,7 +131,7 @@ def _mixer(block: BlockSpec) -> str:
         return "Mamba"
     extras = ["sinks"] if mixer.sinks else []
     if mixer.sliding_window is not None:
-        extras.append(f"window {mixer.sliding_window}")
+        extras.append(f"{'chunks of' if mixer.mask == 'chunked' else 'window'} {mixer.sliding_window}")
     if block.cross_attention is not None:
         extras.append("cross-attention")
     return mixer.kind + (f" with {' and '.join(extras)}" if extras else "")

@@ -211,8 +211,8 @@ _MTP_KEYS = (_MTP_KEY, "num_mtp_layers", "num_mtp_modules")
 
 
 def _mtp_modules(text: Mapping[str, Any], where: str) -> int:
-    field = count(*_MTP_KEYS, default=0)
-    return Values(text, {"modules": field}, where).integer("modules")
+    key = next((key for key in _MTP_KEYS if text.get(key) is not None), _MTP_KEY)
+    return Values(text, {"modules": count(key, default=0)}, where).maybe("modules") or 0
 
 
 def _notes(config: Mapping[str, Any], spec: ModelSpec, modules: int) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 Architecture = Literal["causal-decoder", "prefix-decoder", "encoder-decoder", "encoder"]
-Mask = Literal["causal", "prefix", "bidirectional", "cross"]
+Mask = Literal["causal", "chunked", "prefix", "bidirectional", "cross"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,10 @@ class LatentSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
-    """One attention sub-layer. ``head_dim`` is independent of hidden_size / num_attention_heads."""
+    """One attention sub-layer. ``head_dim`` is independent of hidden_size / num_attention_heads.
+
+    ``mask`` chunked: causal inside chunks of ``sliding_window`` tokens that do not see each other (Llama 4).
+    """
 
     num_attention_heads: int
     num_key_value_heads: int

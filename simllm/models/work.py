@@ -102,11 +102,11 @@ def attended_pairs(mask: str, seq_q: int, seq_k: int, window: int | None = None,
 
     Parameters
     ----------
-    mask : {"causal", "prefix", "bidirectional", "cross"}
+    mask : {"causal", "chunked", "prefix", "bidirectional", "cross"}
     seq_q, seq_k : int
         Queries and keys; for causal and prefix masks they are the same sequence.
     window : int, optional
-        A query sees at most this many keys, itself included.
+        A query sees at most this many keys, itself included; with ``chunked`` those of its own chunk of this length.
     prefix : int
         Tokens that all see each other (prefix mask).
 
@@ -116,6 +116,8 @@ def attended_pairs(mask: str, seq_q: int, seq_k: int, window: int | None = None,
     (10, 16)
     >>> attended_pairs("causal", 4, 4, window=2), attended_pairs("prefix", 4, 4, prefix=2)
     (7, 11)
+    >>> attended_pairs("chunked", 5, 5, window=2)
+    7
     """
     if mask in ("bidirectional", "cross"):
         if window is None or window >= seq_k:
@@ -124,6 +126,9 @@ def attended_pairs(mask: str, seq_q: int, seq_k: int, window: int | None = None,
         half = window // 2
         return sum(min(seq_k - 1, i + half) - max(0, i - half) + 1 for i in range(seq_q))
     reach = seq_k if window is None else min(window, seq_k)
+    if mask == "chunked":
+        whole, rest = divmod(seq_k, reach)
+        return whole * reach * (reach + 1) // 2 + rest * (rest + 1) // 2
     causal = reach * (reach + 1) // 2 + (seq_k - reach) * reach
     if mask == "causal":
         return causal

@@ -11,7 +11,7 @@ tapered tier carries what leaves the subtree, which for an all-to-all is nearly 
 from __future__ import annotations
 
 from simllm.network.fabric import Fabric
-from simllm.network.terms import Hops, Terms, candidates, load_of
+from simllm.network.terms import Hops, Load, Terms, candidates
 
 __all__ = ["all_to_all"]
 
@@ -33,19 +33,32 @@ def all_to_all(fabric: Fabric) -> tuple[Terms, ...]:
     n, g = fabric.size, fabric.domain.most
     up = fabric.up.all_to_all
     inside, outside = (g - 1) / n, (n - g) / n
-    launch = up.launch.si
-    hops = [Hops(count=g - 1, step_s=up.step.si, bulk_step_s=up.bulk_step_s)]
+    launches = [up]
+    hops = [Hops(count=g - 1, curve=up, across=fabric.out.all_to_all if fabric.out else None)]
     loads = []
     if g > 1:
         loads.append(
-            load_of(up, link=fabric.up.name, share=inside + up.copied_slots / n, bandwidth=fabric.shuffle_bandwidth)
+            Load(
+                link=fabric.up.name,
+                share=inside + up.copied_slots / n,
+                bandwidth=fabric.shuffle_bandwidth,
+                curve=up,
+            )
         )
     if fabric.out is not None:
         out = fabric.out.all_to_all
-        launch += out.launch.si
-        hops.append(Hops(count=n - g, step_s=out.step.si, bulk_step_s=out.bulk_step_s))
+        launches.append(out)
+        hops.append(Hops(count=n - g, curve=out))
         # The members of the emptiest subtree have the most peers outside of it.
         loads += [
-            load_of(out, link=cut.name, share=(n - cut.least) / n, bandwidth=cut.bandwidth) for cut in fabric.cuts
+            Load(link=cut.name, share=(n - cut.least) / n, bandwidth=cut.bandwidth, curve=out) for cut in fabric.cuts
         ]
-    return candidates("pairwise", launch_s=launch, hops=hops, loads=loads, scaleup_bytes=inside, scaleout_bytes=outside)
+    return candidates(
+        "pairwise",
+        launches=launches,
+        hops=hops,
+        loads=loads,
+        slots=n,
+        scaleup_bytes=inside,
+        scaleout_bytes=outside,
+    )

@@ -1,82 +1,49 @@
-"""Fit the figures of a link class to published collectives.
+"""Fit the figures of the link classes to published collectives.
 
 Only collectives are fitted, never training runs. A fit moves the figures that no datasheet gives so that the
 logarithm of predicted over measured time is small in the sense of a soft absolute value: a point that is twice too slow
-weighs as much as one twice too fast, and a congested point does not drag the others along.
+weighs as much as one twice too fast, and a congested point does not drag the others along. Where the measurements of a
+class leave a figure open, it stays near that of the class it is most like.
 """
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
 from simllm.errors import InputError
-from simllm.hardware.cluster import Cluster, make_cluster
-from simllm.hardware.links import Link
+from simllm.hardware.figures import Figure
+from simllm.hardware.links import Link, list_links, load_link
 from simllm.hardware.profiles import figures_of
 from simllm.network.fabric import Fabric, fabric
-from simllm.network.group import Group
+from simllm.network.measurements import Sweep, read_sweeps
+from simllm.network.posting import posting_s
 from simllm.network.price import choices, fastest
+from simllm.units import to_si
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["FIT", "Calibration", "Sweep", "calibrate", "read_sweeps"]
+__all__ = ["FIT", "Calibration", "Sweep", "calibrate", "calibrate_all", "predict", "read_sweeps", "with_figures"]
+
+Part = TypeVar("Part", bound=msgspec.Struct)
 
 #: How the source of a figure begins that `calibrate` fitted.
 FIT = "fit of simllm.network.calibrate"
 
-#: nccl-tests' names of operations.
-_OPERATIONS = {
-    "all_reduce": "all_reduce",
-    "all_gather": "all_gather",
-    "reduce_scatter": "reduce_scatter",
-    "alltoall": "all_to_all",
-    "broadcast": "broadcast",
-    "sendrecv": "send_recv",
-    "p2p": "send_recv",
-}
+# Pull towards the class that this one is like, in units of the residuals: a figure off by a factor of e weighs as much
+# as one point that is off by a tenth.
+_PULL = 0.1
 
+# Sizes at which a library may change protocol are powers of two; those that are tried, in bytes.
+_SLOTS = tuple(float(2**power) for power in range(10, 25))
 
-@dataclass(frozen=True, kw_only=True)
-class Sweep:
-    """Measured times of one collective over sizes, on a cluster that is described.
-
-    Parameters
-    ----------
-    name : str
-        Label of the run.
-    system : str
-        What the source says about the machine.
-    operation : str
-        One of `simllm.network.OPERATIONS`.
-    cluster : Cluster
-        The machine.
-    group : Group
-        The ranks.
-    algorithm : str or None
-        Algorithm the run forced.
-    sizes_bytes, times_s : tuple of float
-        The points.
-    fitted : bool
-        Whether the sweep says something about links; false where a launch or a missing peer path hides them.
-    """
-
-    name: str
-    system: str
-    operation: str
-    cluster: Cluster
-    group: Group
-    algorithm: str | None
-    sizes_bytes: tuple[float, ...]
-    times_s: tuple[float, ...]
-    fitted: bool
+_BY_CLASS = re.compile(r"as (\S+) by class")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,83 +66,13 @@ class Calibration:
     p90_error: float
 
 
-def read_sweeps(points: Path, systems: Path) -> tuple[list[Sweep], dict[str, int]]:
-    """Sweeps of a table of published points, and how many rows were left out for which reason.
-
-    Parameters
-    ----------
-    points : Path
-        CSV with the columns ``sweep, usable, system, n_nodes, n_gpus, collective, algorithm, message_bytes, time_us``.
-    systems : Path
-        CSV that describes each ``system``: ``accelerator, gpus_per_node, domain_gpus, scaleout_link,
-        scaleout_GBps_per_node``, and ``fit_up_to_gpus``, the largest group that tells about links (empty: any).
-
-    Returns
-    -------
-    list of Sweep, dict
-        The sweeps, and the rows left out by reason.
-    """
-    described = {row["system"]: row for row in csv.DictReader(systems.open(encoding="utf-8", newline=""))}
-    rows: dict[str, list[dict[str, str]]] = {}
-    refused: dict[str, int] = {}
-    for row in csv.DictReader(points.open(encoding="utf-8", newline="")):
-        reason = _refusal(row, described.get(row["system"]))
-        if reason:
-            refused[reason] = refused.get(reason, 0) + 1
-        else:
-            rows.setdefault(f"{row['sweep']}/{row['n_nodes']}/{row['algorithm']}", []).append(row)
-    return [_sweep(name, members, described[members[0]["system"]]) for name, members in rows.items()], refused
-
-
-def _refusal(row: dict[str, str], system: dict[str, str] | None) -> str:
-    """Why a row cannot be scored; empty if it can."""
-    if row["usable"] != "True" or not row["time_us"] or not row["message_bytes"]:
-        return "no measured time and size"
-    if row["collective"] not in _OPERATIONS:
-        return f"{row['collective']} is not priced"
-    if row["algorithm"] and row["algorithm"].lower() not in ("ring", "tree", "nvls", "nvlstree"):
-        return f"{row['algorithm']} is not an algorithm of the library"
-    if system is None or not system["accelerator"]:
-        return "the system is not described"
-    if not row["n_nodes"] or not row["n_gpus"]:
-        return "the number of nodes or GPUs is not stated"
-    if float(row["n_nodes"]) > 1 and not system["scaleout_link"]:
-        return "the network is not stated"
-    return ""
-
-
-def _sweep(name: str, rows: list[dict[str, str]], system: dict[str, str]) -> Sweep:
-    first = rows[0]
-    nodes, ranks = int(float(first["n_nodes"])), int(float(first["n_gpus"]))
-    per_node = int(system["gpus_per_node"])
-    network = system["scaleout_GBps_per_node"]
-    cluster = make_cluster(
-        accelerator=system["accelerator"],
-        num_gpus=nodes * per_node,
-        gpus_per_node=per_node,
-        domain_gpus=int(system["domain_gpus"]),
-        scaleout_bandwidth_per_node=float(network) * 1e9 if network else None,
-        scaleout_link=system["scaleout_link"] or None,
-    )
-    used = max(ranks // nodes, 1)
-    stride = per_node // used if nodes > 1 else 1
-    rows = sorted(rows, key=lambda row: float(row["message_bytes"]))
-    forced = {"nvlstree": "nvls_tree"}.get(first["algorithm"].lower(), first["algorithm"].lower())
-    return Sweep(
-        name=name,
-        system=first["system"],
-        operation=_OPERATIONS[first["collective"]],
-        cluster=cluster,
-        group=Group(size=ranks, stride=stride),
-        algorithm=forced or None,
-        sizes_bytes=tuple(float(row["message_bytes"]) for row in rows),
-        times_s=tuple(float(row["time_us"]) * 1e-6 for row in rows),
-        # A broadcast's time depends on who waits for it; the ring's constants come from symmetric collectives.
-        fitted=first["collective"] != "broadcast" and ranks <= int(system["fit_up_to_gpus"] or ranks),
-    )
-
-
-def calibrate(link: Link, sweeps: Iterable[Sweep], paths: Sequence[str] | None = None) -> Calibration:
+def calibrate(
+    link: Link,
+    sweeps: Iterable[Sweep],
+    paths: Sequence[str] | None = None,
+    *,
+    classes: Mapping[str, Link] | None = None,
+) -> Calibration:
     """Fit the measured figures of a link class to the sweeps that run over it.
 
     Parameters
@@ -188,6 +85,8 @@ def calibrate(link: Link, sweeps: Iterable[Sweep], paths: Sequence[str] | None =
     paths : sequence of str, optional
         Key paths of the figures to fit, for example ``("ring.efficiency", "ring.launch")``; those that say in their
         source that they come from such a fit by default.
+    classes : mapping, optional
+        Link classes to use in place of those of the catalog, by name.
 
     Returns
     -------
@@ -197,54 +96,179 @@ def calibrate(link: Link, sweeps: Iterable[Sweep], paths: Sequence[str] | None =
     import numpy as np
     from scipy.optimize import least_squares
 
-    used = [(sweep, view) for sweep in sweeps if sweep.fitted and (view := _view(link, sweep)) is not None]
+    known = classes or {}
+    used = [(s, view) for s in sweeps if s.fitted and (view := _view(link, s, known)) is not None]
     if not used:
         raise InputError(f"no sweep runs over {link.name}; give measurements of a system with such links")
     figures = figures_of(link)
-    wanted = paths or [path for path, figure in figures.items() if figure.source.startswith(FIT)]
-    start = np.log([max(figures[path].value, 1e-3) for path in wanted])
-    upper = np.log([0.99 if figures[path].unit == "fraction" and "copy" not in path else 1e4 for path in wanted])
+    wanted = list(paths or [path for path, figure in figures.items() if figure.source.startswith(FIT)])
+    slots = [path for path in wanted if path.endswith(".slot")]
+    smooth = [path for path in wanted if path not in slots]
     measured = np.log(np.concatenate([sweep.times_s for sweep, _ in used]))
     arrays = [np.asarray(sweep.sizes_bytes) for sweep, _ in used]
+    start = np.log([max(figures[path].value, 1e-3) for path in smooth])
+    upper = np.log([0.99 if figures[path].unit == "fraction" and "copy" not in path else 1e4 for path in smooth])
+    start = np.minimum(start, upper - 1e-6)
+    near = _near(link, known)
+    centre = np.log([max(near.get(path, figures[path].value), 1e-3) for path in smooth])
 
-    def residuals(logs: NDArray[np.float64]) -> NDArray[np.float64]:
-        trial = _with_figures(link, dict(zip(wanted, np.exp(logs), strict=True)))
+    def errors(trial: Link) -> NDArray[np.float64]:
         parts = [
-            fastest(choices(sweep.operation, _replaced(view, trial), sweep.algorithm), sizes)
-            for (sweep, view), sizes in zip(used, arrays, strict=True)
+            _times(sweep, _replaced(view, trial), sizes) for (sweep, view), sizes in zip(used, arrays, strict=True)
         ]
         return np.asarray(np.log(np.concatenate(parts)) - measured)
 
-    fit = least_squares(
-        residuals, np.minimum(start, upper - 1e-6), bounds=(np.log(1e-4), upper), loss="soft_l1", f_scale=0.05
-    )
+    def residuals(logs: NDArray[np.float64], base: Link) -> NDArray[np.float64]:
+        found = errors(_with_values(base, dict(zip(smooth, np.exp(logs), strict=True))))
+        return np.concatenate([found, _PULL * (logs - centre)])
+
+    def fit(base: Link, logs: NDArray[np.float64]) -> NDArray[np.float64]:
+        solved = least_squares(
+            residuals,
+            logs,
+            args=(base,),
+            bounds=(np.log(1e-4), upper),
+            loss="soft_l1",
+            f_scale=0.05,
+            max_nfev=60,
+        )
+        return np.asarray(solved.x)
+
+    logs = fit(link, start)
+    for _ in range(2 if slots else 0):
+        here = _with_values(link, dict(zip(smooth, np.exp(logs), strict=True)))
+        for path in slots:
+            scale = to_si(1, figures[path].unit)
+            trials = [_with_values(link, {path: slot / scale}) for slot in _SLOTS]
+            costs = [_soft(errors(_with_values(here, {path: slot / scale}))) for slot in _SLOTS]
+            link = trials[int(np.argmin(costs))]
+            here = _with_values(here, {path: figures_of(link)[path].value})
+        logs = fit(link, logs)
     # Three digits are more than the measurements hold, and a profile that people can read.
-    values = [float(f"{value:.3g}") for value in np.exp(fit.x)]
-    errors = np.abs(np.expm1(residuals(np.log(values))))
+    values = [float(f"{value:.3g}") for value in np.exp(logs)]
+    fitted = _with_values(link, dict(zip(smooth, values, strict=True)))
+    off = np.abs(np.expm1(errors(fitted)))
     return Calibration(
-        link=_with_figures(link, dict(zip(wanted, values, strict=True))),
+        link=fitted,
         points=len(measured),
-        median_error=float(np.median(errors)),
-        p90_error=float(np.quantile(errors, 0.9)),
+        median_error=float(np.median(off)),
+        p90_error=float(np.quantile(off, 0.9)),
     )
 
 
-def _view(link: Link, sweep: Sweep) -> Fabric | None:
-    """The fabric of a sweep that this link class decides, or None."""
+def calibrate_all(sweeps: Iterable[Sweep], names: Iterable[str] | None = None) -> dict[str, Link]:
+    """Fit every link class, each after the class it is like and scale-up classes first.
+
+    A class that no sweep runs over takes the figures that would have been fitted from the class it is like; figures
+    whose source says ``as X by class`` follow class X.
+
+    Parameters
+    ----------
+    sweeps : iterable of Sweep
+        Measurements.
+    names : iterable of str, optional
+        Classes to fit again; the others stay as they are in the catalog. All by default.
+    """
+    measured = list(sweeps)
+    again = set(list_links() if names is None else names)
+    classes = {name: load_link(name) for name in list_links()}
+    for name in sorted(classes, key=lambda name: (classes[name].scope != "scale-up", _depth(classes, name))):
+        link = classes[name]
+        figures = figures_of(link)
+        fitted = [path for path, figure in figures.items() if figure.source.startswith(FIT)]
+        if fitted and name in again:
+            near_values = _near(link, classes)
+            link = _with_values(link, {path: near_values[path] for path in fitted if path in near_values})
+            if any(sweep.fitted and _view(link, sweep, classes) for sweep in measured):
+                link = calibrate(link, measured, classes=classes).link
+        classes[name] = _followed(link, classes)
+    return classes
+
+
+def predict(sweep: Sweep, classes: Mapping[str, Link] | None = None) -> NDArray[np.float64]:
+    """Seconds for every point of a sweep, with the link classes of the catalog or others."""
+    import numpy as np
+
     view = fabric(sweep.cluster, sweep.group)
+    return _times(sweep, _with_classes(view, classes or {}), np.asarray(sweep.sizes_bytes))
+
+
+def _times(sweep: Sweep, view: Fabric, sizes: NDArray[np.float64]) -> NDArray[np.float64]:
+    import numpy as np
+
+    times = fastest(choices(sweep.operation, view, sweep.algorithm), sizes)
+    return np.maximum(times, posting_s(sweep.operation, view))
+
+
+def _soft(errors: NDArray[np.float64]) -> float:
+    import numpy as np
+
+    return float(np.sum(np.sqrt(1 + (errors / 0.05) ** 2) - 1))
+
+
+def _depth(classes: Mapping[str, Link], name: str) -> int:
+    """How far a class is from one that is like no other."""
+    like = classes[name].like
+    return 0 if like is None else 1 + _depth(classes, like)
+
+
+def _in_unit(figure: Figure, near: Figure) -> float:
+    """The value of ``near`` in the unit of ``figure``."""
+    return near.si / to_si(1, figure.unit)
+
+
+def _near(link: Link, classes: Mapping[str, Link]) -> dict[str, float]:
+    """Figures of the class that this one is like, in its own units, by key path."""
+    if link.like is None:
+        return {}
+    figures, near = figures_of(link), figures_of(classes.get(link.like) or load_link(link.like))
+    return {path: _in_unit(figure, near[path]) for path, figure in figures.items() if path in near}
+
+
+def _followed(link: Link, classes: Mapping[str, Link]) -> Link:
+    """The class with the figures that its sources take from another class, or from its own rings."""
+    values = {}
+    for path, figure in figures_of(link).items():
+        if (match := _BY_CLASS.match(figure.source)) and match[1] in classes:
+            near = figures_of(link if match[1] == link.name else classes[match[1]])
+            there = path if path in near else path.replace("broadcast.", "ring.").replace("pair.", "ring.")
+            if there in near:
+                values[path] = _in_unit(figure, near[there])
+    return _with_values(link, values)
+
+
+def _view(link: Link, sweep: Sweep, classes: Mapping[str, Link]) -> Fabric | None:
+    """The fabric of a sweep that this link class decides, or None."""
+    view = _with_classes(fabric(sweep.cluster, sweep.group), classes)
     decides = view.up.name if view.out is None else view.out.name
     return view if decides == link.name and choices(sweep.operation, view, sweep.algorithm) else None
+
+
+def _with_classes(view: Fabric, classes: Mapping[str, Link]) -> Fabric:
+    out = None if view.out is None else classes.get(view.out.name, view.out)
+    return replace(view, up=classes.get(view.up.name, view.up), out=out)
 
 
 def _replaced(view: Fabric, link: Link) -> Fabric:
     return replace(view, up=link) if link.scope == "scale-up" else replace(view, out=link)
 
 
-def _with_figures(profile: Link, values: dict[str, float]) -> Link:
-    changes: dict[str, msgspec.Struct] = {}
-    for path, value in values.items():
-        part, name = path.split(".")
-        curve = changes.get(part, getattr(profile, part))
-        figure = msgspec.structs.replace(getattr(curve, name), value=value)
-        changes[part] = msgspec.structs.replace(curve, **{name: figure})
-    return msgspec.structs.replace(profile, **changes)
+def with_figures(profile: Link, figures: Mapping[str, Figure]) -> Link:
+    """The profile with other figures at some key paths such as ``ring.ll.step``."""
+    changed = profile
+    for path, figure in figures.items():
+        changed = _with_figure(changed, path.split("."), figure)
+    return changed
+
+
+def _with_values(profile: Link, values: Mapping[str, float]) -> Link:
+    """The profile with other values at some key paths, in the units they have."""
+    figures = figures_of(profile)
+    return with_figures(
+        profile, {path: msgspec.structs.replace(figures[path], value=value) for path, value in values.items()}
+    )
+
+
+def _with_figure(part: Part, keys: Sequence[str], figure: Figure) -> Part:
+    inner = figure if len(keys) == 1 else _with_figure(getattr(part, keys[0]), keys[1:], figure)
+    return msgspec.structs.replace(part, **{keys[0]: inner})

@@ -8,12 +8,12 @@ groups of the same shape, so a member owns an equal share of its node's NICs and
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from simllm.errors import InputError
 from simllm.hardware.fabric import CubeMesh, Mesh, Torus
-from simllm.hardware.links import Link, load_link
+from simllm.hardware.links import Curve, Link, load_link
 from simllm.network.group import Group, Spread, spread
 from simllm.network.torus import Grid, grid
 
@@ -70,6 +70,10 @@ class Fabric:
         Boundaries the group crosses, the domain's own first; empty inside one domain.
     grid : Grid or None
         Axes of a torus that the members of one domain span; None on other topologies.
+    paired : bool
+        Whether the members of a domain are two GPUs below one PCIe switch.
+    ranks_per_process : int
+        Ranks that one process drives.
     """
 
     size: int
@@ -81,6 +85,13 @@ class Fabric:
     pair_bandwidth: float
     cuts: tuple[Cut, ...]
     grid: Grid | None
+    paired: bool = False
+    ranks_per_process: int = field(default=1, compare=False)
+
+    @property
+    def up_ring(self) -> Curve:
+        """Figures of rings inside the domain: two GPUs below one PCIe switch have their own."""
+        return self.up.pair if self.paired and self.up.pair is not None else self.up.ring
 
 
 def scaleup_share(cluster: Cluster, members: int, stride: int = 1) -> float:
@@ -125,18 +136,28 @@ def fabric(cluster: Cluster, group: Group) -> Fabric:
     if isinstance(cluster.scaleup_fabric, Torus):
         axes = grid(cluster.scaleup_fabric, cluster.torus_shape, domain.most, group.stride, cluster.scaleup_bandwidth)
     share = scaleup_share(cluster, domain.most, group.stride)
-    bandwidth = cluster.scaleup_bandwidth * share
+    wire = cluster.scaleup_bandwidth * share
+    paired = domain.most == 2 and group.stride == 1 and up.pair is not None
+    bandwidth = wire if up.host_limit is None else min(wire, up.host_limit.si)
+    if up.shared:
+        bandwidth /= domain.most
     return Fabric(
         size=group.size,
         domain=domain,
         up=up,
         out=out,
-        up_bandwidth=axes.ring_bandwidth if axes else bandwidth,
+        up_bandwidth=axes.ring_bandwidth if axes else wire if paired else bandwidth,
         shuffle_bandwidth=axes.shuffle_bandwidth if axes else bandwidth,
-        pair_bandwidth=axes.pair_bandwidth if axes else cluster.scaleup_bandwidth * scaleup_share(cluster, 2),
+        pair_bandwidth=axes.pair_bandwidth if axes else min(bandwidth, _pair_bandwidth(cluster)),
         cuts=cuts,
         grid=axes,
+        paired=paired,
+        ranks_per_process=group.ranks_per_process,
     )
+
+
+def _pair_bandwidth(cluster: Cluster) -> float:
+    return cluster.scaleup_bandwidth * scaleup_share(cluster, 2)
 
 
 def _outside(cluster: Cluster, group: Group, domain: Spread, up: Link) -> tuple[Link | None, tuple[Cut, ...]]:

@@ -6,8 +6,10 @@ A group is the ranks 0, stride, 2 * stride, ...; the other groups of its kind ar
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from simllm.errors import InputError
@@ -46,6 +48,8 @@ class Group:
     stride : int
         Distance between neighbouring ranks: 1 for the innermost axis of the plan (tensor parallelism), the product
         of the inner degrees for an outer axis (data or pipeline parallelism).
+    ranks_per_process : int
+        Ranks that one process drives, one after the other; 1 for a process or thread each, as training runs do.
 
     Examples
     --------
@@ -55,12 +59,45 @@ class Group:
 
     size: int
     stride: int = 1
+    ranks_per_process: int = field(default=1, repr=False)
 
     def __post_init__(self) -> None:
-        for name in ("size", "stride"):
+        for name in ("size", "stride", "ranks_per_process"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"group {name}={value} must be a whole number of at least 1")
+
+    @classmethod
+    def of(cls, ranks: Sequence[int]) -> Group:
+        """The group of a list of ranks at equal distances, in any order, such as ``[0, 8, 16, 24]``.
+
+        Where the list begins does not matter: groups that are shifted against each other cost the same.
+
+        Examples
+        --------
+        >>> Group.of([3, 11, 19, 27])
+        Group(size=4, stride=8)
+        >>> Group.of([0, 1, 1])
+        Traceback (most recent call last):
+            ...
+        simllm.errors.InputError: rank 1 is listed twice in the group [0, 1, 1]; list every rank once
+        """
+        ordered = sorted(ranks)
+        if not ordered:
+            raise InputError("a group of no ranks; list at least one")
+        for rank in ordered:
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
+                raise InputError(f"rank {rank!r} is not a whole number of at least 0")
+        steps = {b - a for a, b in pairwise(ordered)}
+        if 0 in steps:
+            twice = next(a for a, b in pairwise(ordered) if a == b)
+            raise InputError(f"rank {twice} is listed twice in the group {list(ranks)}; list every rank once")
+        if len(steps) > 1:
+            raise InputError(
+                f"the ranks {ordered} are not at equal distances ({', '.join(map(str, sorted(steps)))}); "
+                "price each regular part as a group of its own"
+            )
+        return cls(size=len(ordered), stride=steps.pop() if steps else 1)
 
     def check_fits(self, cluster: Cluster) -> None:
         """Refuse a group with ranks beyond the last GPU of the cluster."""

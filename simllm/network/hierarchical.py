@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import zip_longest
+from itertools import product
 
 from simllm.network.fabric import Fabric
 from simllm.network.group import Spread
 from simllm.network.ring import broadcast, ring
-from simllm.network.terms import Hops, Terms, candidates, load_of
+from simllm.network.terms import Hops, Load, Terms, candidates
 from simllm.network.torus import torus, torus_broadcast
 
 __all__ = ["hierarchical", "hierarchical_broadcast", "in_series"]
@@ -70,31 +70,30 @@ def _rail(fabric: Fabric, steps: int, wire: float, bytes_per_gpu: float) -> tupl
     """A ring of the domains, ``wire`` bytes out of each over the NICs of all its members."""
     assert fabric.out is not None
     curve = fabric.out.ring
-    loads = [load_of(curve, link=cut.name, share=wire, bandwidth=cut.members * cut.bandwidth) for cut in fabric.cuts]
+    loads = [Load(link=cut.name, share=wire, bandwidth=cut.members * cut.bandwidth, curve=curve) for cut in fabric.cuts]
     return candidates(
         "hierarchical",
-        launch_s=curve.launch.si + (fabric.up.ring.launch.si if fabric.domain.most == 1 else 0.0),
-        hops=[Hops(count=steps, step_s=curve.step.si, bulk_step_s=curve.bulk_step_s)],
+        launches=[fabric.up.ring, curve] if fabric.domain.most == 1 else [curve],
+        hops=[Hops(count=steps, curve=curve)],
         loads=loads,
+        slots=fabric.size,
         scaleup_bytes=0.0,
         scaleout_bytes=bytes_per_gpu,
     )
 
 
 def in_series(algorithm: str, first: tuple[Terms, ...], second: tuple[Terms, ...]) -> tuple[Terms, ...]:
-    """Two levels that run one after the other, protocol by protocol: their times add up, the longer one limits."""
+    """Two levels that run one after the other, each in its own protocol: times add up, the longer one limits."""
     if not first:
         return second
-    pairs = zip_longest(reversed(first), reversed(second))
     summed = []
-    for a, b in pairs:
-        a, b = a or first[-1], b or second[-1]
+    for a, b in product(first, second):
         limit = max(a, b, key=lambda terms: terms.s_per_byte)
         summed.append(
             Terms(
                 algorithm=algorithm,
                 protocol=limit.protocol,
-                simple_from_bytes=limit.simple_from_bytes,
+                most_bytes=min(a.most_bytes, b.most_bytes),
                 latency_s=a.latency_s + b.latency_s,
                 s_per_byte=a.s_per_byte + b.s_per_byte,
                 s_per_sqrt_byte=a.s_per_sqrt_byte + b.s_per_sqrt_byte,
@@ -104,4 +103,4 @@ def in_series(algorithm: str, first: tuple[Terms, ...], second: tuple[Terms, ...
                 bottleneck_bandwidth=limit.bottleneck_bandwidth,
             )
         )
-    return tuple(reversed(summed))
+    return tuple(summed)

@@ -15,7 +15,7 @@ from math import log2
 
 from simllm.hardware.links import SwitchCurve
 from simllm.network.fabric import Fabric
-from simllm.network.terms import Hops, Load, Terms, candidates, load_of
+from simllm.network.terms import Hops, Load, Terms, candidates
 from simllm.network.tree import tree_loads
 
 __all__ = ["nvls", "nvls_tree"]
@@ -23,7 +23,7 @@ __all__ = ["nvls", "nvls_tree"]
 
 def _switch_load(fabric: Fabric, switch: SwitchCurve) -> Load:
     members = fabric.domain.most
-    return load_of(switch, link=fabric.up.name, share=(members + 1) / members, bandwidth=fabric.up_bandwidth)
+    return Load(link=fabric.up.name, share=(members + 1) / members, bandwidth=fabric.up_bandwidth, curve=switch)
 
 
 def nvls(fabric: Fabric) -> tuple[Terms, ...]:
@@ -44,8 +44,7 @@ def nvls(fabric: Fabric) -> tuple[Terms, ...]:
     load = _switch_load(fabric, switch)
     return candidates(
         "nvls",
-        protocol="Simple",
-        launch_s=switch.launch.si,
+        launches=[switch],
         hops=[],
         loads=[load],
         scaleup_bytes=load.share,
@@ -60,12 +59,10 @@ def nvls_tree(fabric: Fabric) -> tuple[Terms, ...]:
         return ()
     load = _switch_load(fabric, switch)
     blocks = fabric.domain.blocks
-    level = curve.bulk_step_s
     return candidates(
         "nvls_tree",
-        protocol="Simple",
-        launch_s=switch.launch.si + curve.launch.si,
-        hops=[Hops(count=2 * log2(blocks), step_s=level, bulk_step_s=level)],
+        launches=[switch, curve],
+        hops=[Hops(count=2 * log2(blocks), curve=curve)],
         loads=[load, *tree_loads(fabric, curve)],
         scaleup_bytes=load.share,
         scaleout_bytes=2 * (blocks - 1) / fabric.size,

@@ -8,7 +8,7 @@ each subtree only, and has the share of all members. The slowest pair of the gro
 from __future__ import annotations
 
 from simllm.network.fabric import Fabric
-from simllm.network.terms import Hops, Terms, candidates, load_of
+from simllm.network.terms import Hops, Load, Terms, candidates
 
 __all__ = ["send_recv"]
 
@@ -33,17 +33,16 @@ def send_recv(fabric: Fabric) -> tuple[Terms, ...]:
     else:
         curve, within = fabric.out.p2p, (n - blocks) / n
     loads = [
-        load_of(curve, link=cut.name, share=1.0, bandwidth=cut.bandwidth * (cut.least if level else 1))
+        Load(link=cut.name, share=1.0, bandwidth=cut.bandwidth * (cut.least if level else 1), curve=curve)
         for level, cut in enumerate(fabric.cuts)
     ]
     if within > 0:
         up = fabric.up.p2p
-        loads.append(load_of(up, link=fabric.up.name, share=1.0, bandwidth=fabric.pair_bandwidth))
-    launch = curve.launch.si + (fabric.up.p2p.launch.si if fabric.out is not None else 0.0)
+        loads.append(Load(link=fabric.up.name, share=1.0, bandwidth=fabric.pair_bandwidth, curve=up))
     return candidates(
         "p2p",
-        launch_s=launch,
-        hops=[Hops(count=1, step_s=curve.step.si, bulk_step_s=curve.bulk_step_s)],
+        launches=[curve] if fabric.out is None else [fabric.up.p2p, curve],
+        hops=[Hops(count=1, curve=curve)],
         loads=loads,
         scaleup_bytes=within,
         scaleout_bytes=1 - within,

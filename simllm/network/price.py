@@ -21,6 +21,7 @@ from simllm.network.group import Group
 from simllm.network.hierarchical import hierarchical, hierarchical_broadcast
 from simllm.network.nvls import nvls, nvls_tree
 from simllm.network.p2p import send_recv
+from simllm.network.posting import posting_s
 from simllm.network.ring import broadcast, ring
 from simllm.network.terms import Terms
 from simllm.network.torus import torus, torus_broadcast
@@ -86,7 +87,7 @@ class CollectiveCost:
     algbw, busbw : float
         Size over time, and that times nccl-tests' factor, bytes/s.
     algorithm, protocol : str
-        The cheapest choice; ``none`` for a group of one. ``LL`` stands for LL and LL128, which share their terms.
+        The cheapest choice; ``none`` for a group of one.
     bottleneck : str
         Link whose bytes take longest.
     bottleneck_bandwidth : float
@@ -156,7 +157,7 @@ def price(
     """
     if not (isfinite(size_bytes) and size_bytes > 0):
         raise InputError(f"size={size_bytes} bytes; a collective moves at least one byte, give a size above zero")
-    options = _terms(operation, cluster, group, algorithm)
+    options, floor_s = _terms(operation, cluster, group, algorithm)
     n = group.size
     if not options:
         return CollectiveCost(
@@ -179,9 +180,10 @@ def price(
     time_s, best = float("inf"), options[0]
     for terms in options:
         seconds = terms.latency_s + terms.s_per_byte * size_bytes + terms.s_per_sqrt_byte * root
-        if seconds < time_s:
+        if seconds < time_s and size_bytes <= terms.most_bytes:
             time_s, best = seconds, terms
     bandwidth_s = best.s_per_byte * size_bytes
+    time_s = max(time_s, floor_s)
     algbw = size_bytes / time_s
     return CollectiveCost(
         operation=operation,
@@ -193,7 +195,7 @@ def price(
         algbw=algbw,
         busbw=algbw * bus_factor(operation, n),
         algorithm=best.algorithm,
-        protocol="LL" if size_bytes < best.simple_from_bytes else best.protocol,
+        protocol=best.protocol,
         bottleneck=best.bottleneck,
         bottleneck_bandwidth=best.bottleneck_bandwidth,
         bytes_scaleup=best.scaleup_bytes * size_bytes,
@@ -218,7 +220,8 @@ def price_array(
     sizes = np.asarray(sizes_bytes, dtype=np.float64)
     if not (np.isfinite(sizes).all() and (sizes > 0).all()):
         raise InputError("a size is not above zero; a collective moves at least one byte")
-    return fastest(_terms(operation, cluster, group, algorithm), sizes)
+    options, floor_s = _terms(operation, cluster, group, algorithm)
+    return np.maximum(fastest(options, sizes), floor_s)
 
 
 def fastest(options: tuple[Terms, ...], sizes: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -241,8 +244,8 @@ def sweep(
 
 
 @lru_cache(maxsize=65536)
-def _terms(operation: str, cluster: Cluster, group: Group, algorithm: str | None) -> tuple[Terms, ...]:
-    """The algorithms to choose from; none for a group of one rank, which has nothing to do."""
+def _terms(operation: str, cluster: Cluster, group: Group, algorithm: str | None) -> tuple[tuple[Terms, ...], float]:
+    """The algorithms to choose from (none for a group of one rank, which has nothing to do), and the host's floor."""
     view = fabric(cluster, group)
     options = choices(operation, view, algorithm)
     if algorithm is not None and group.size > 1 and not options:
@@ -251,7 +254,7 @@ def _terms(operation: str, cluster: Cluster, group: Group, algorithm: str | None
             f"{algorithm} cannot run {operation} on {group.size} ranks with stride {group.stride} of {cluster.name}; "
             f"use {', '.join(able)}"
         )
-    return options
+    return options, posting_s(operation, view)
 
 
 def choices(operation: str, view: Fabric, algorithm: str | None = None) -> tuple[Terms, ...]:

@@ -1,35 +1,33 @@
-"""The time of one algorithm on one group, as three constants.
+"""The time of one algorithm on one group in one protocol, as three constants.
 
 Every algorithm here costs ``latency + S / B + 2 * sqrt(ramp * S / B)``: the launch and the steps on the critical path,
 the bytes over the worst link, and the price of filling a pipeline. The last follows from choosing the best chunk in a
 pipeline of depth L and hop cost alpha: ``min over m of (L + S/m)(alpha + m/B) = S/B + 2 sqrt(alpha L S/B) + alpha L``;
 the square root is what separates published sweeps from a straight line between 100 KB and 100 MB.
 
-NCCL's protocols trade the cost of a step against bandwidth: LL and LL128 write flags beside the data, Simple
-synchronises once a chunk (src/graph/tuning.cc, hwLat). A message of middle size pays more and more of the dearer step
-until all of it runs as Simple, which makes two candidates of every algorithm:
+NCCL's protocols trade the cost of a step against bandwidth: LL writes a flag beside every 4 bytes, LL128 beside every
+120, Simple synchronises once a chunk (src/graph/tuning.cc, hwLat). Each that a link class has is a candidate with its
+own step and its own part of the wire; the short ones end at the largest slot for which the library still uses them,
+which is where published sweeps step up (an all-gather of 4 B200 from 25 us at 4 MiB to 51 us at 8 MiB).
 
-    LL, LL128   latency of the cheap steps, 2 sqrt(alpha L S/B) on top
-    Simple      latency of the dear steps,  alpha L on top
-
-with alpha the difference of the two steps. All constants are non-negative and no bandwidth stands in a numerator, so
-more bytes are never faster and more bandwidth is never slower.
+All constants are non-negative, no bandwidth stands in a numerator and no limit depends on a bandwidth, so more bytes
+are never faster and more bandwidth is never slower.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 from typing import TYPE_CHECKING
 
-from simllm.hardware.links import Curve, SwitchCurve
+from simllm.hardware.links import PROTOCOLS, Curve, SwitchCurve
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Hops", "Load", "Terms", "candidates", "load_of"]
+__all__ = ["Hops", "Load", "Terms", "candidates", "eager"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,42 +42,47 @@ class Load:
         Bytes over it for each byte of the collective's buffer.
     bandwidth : float
         Its wire bandwidth, bytes/s.
-    efficiency : float
-        The part of the wire that large messages reach.
-    ramp_s : float
-        Filling time of its pipeline (the alpha L above), seconds.
+    curve : Curve or SwitchCurve
+        The part of the wire that messages reach, by protocol, and how long its pipeline fills.
     """
 
     link: str
     share: float
     bandwidth: float
-    efficiency: float
-    ramp_s: float = 0.0
+    curve: Curve | SwitchCurve
 
-    @property
-    def s_per_byte(self) -> float:
+    def s_per_byte(self, protocol: str) -> float:
         """Seconds for each byte of the buffer."""
-        return self.share / (self.bandwidth * self.efficiency)
+        return self.share / (self.bandwidth * self.curve.part(protocol))
 
-
-def load_of(curve: Curve | SwitchCurve, *, link: str, share: float, bandwidth: float, ramp_s: float = 0.0) -> Load:
-    """Traffic that reaches the efficiency of ``curve`` and fills the pipeline in its time plus ``ramp_s``."""
-    return Load(
-        link=link,
-        share=share,
-        bandwidth=bandwidth,
-        efficiency=curve.efficiency.si,
-        ramp_s=curve.ramp.si + ramp_s,
-    )
+    def s_per_sqrt_byte(self, protocol: str) -> float:
+        """Filling of the pipeline."""
+        return 2 * sqrt(self.curve.ramp_s(protocol) * self.share / self.bandwidth)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hops:
-    """Dependent steps over one kind of link: how many, and what one costs in the cheapest protocol and in Simple."""
+    """Dependent steps over one kind of link.
+
+    Parameters
+    ----------
+    count : float
+        How many.
+    curve : Curve
+        What one costs.
+    across : Curve or None
+        Of steps inside a domain: the curve of the link between domains that the collective also crosses.
+    """
 
     count: float
-    step_s: float
-    bulk_step_s: float
+    curve: Curve
+    across: Curve | None = None
+
+    def latency_s(self, protocol: str) -> float:
+        """Seconds of all of them."""
+        if self.across is None:
+            return self.count * self.curve.step_s(protocol)
+        return self.count * self.across.inner_step_s(protocol, self.curve)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,9 +101,8 @@ class Terms:
         Link whose bytes take longest.
     bottleneck_bandwidth : float
         Its wire bandwidth, bytes/s.
-    simple_from_bytes : float
-        Below this size the library runs these terms in LL or LL128: while the bytes take less time than the steps.
-        Published sweeps step up where it says (4 MB for an all-gather of 8 H100, 13 MB of 8 B200).
+    most_bytes : float
+        The largest buffer for which the library uses the protocol.
     """
 
     algorithm: str
@@ -112,61 +114,90 @@ class Terms:
     scaleout_bytes: float
     bottleneck: str
     bottleneck_bandwidth: float
-    simple_from_bytes: float = 0.0
+    most_bytes: float = float("inf")
 
     def time_s(self, size_bytes: float) -> float:
-        """Seconds for a buffer of ``size_bytes``."""
+        """Seconds for a buffer of ``size_bytes``; infinite beyond the reach of the protocol."""
+        if size_bytes > self.most_bytes:
+            return float("inf")
         return self.latency_s + self.s_per_byte * size_bytes + self.s_per_sqrt_byte * sqrt(size_bytes)
 
     def times_s(self, sizes: NDArray[np.float64], roots: NDArray[np.float64]) -> NDArray[np.float64]:
         """Seconds for an array of sizes; ``roots`` are their square roots."""
-        return self.latency_s + self.s_per_byte * sizes + self.s_per_sqrt_byte * roots
+        times = self.latency_s + self.s_per_byte * sizes + self.s_per_sqrt_byte * roots
+        if self.most_bytes != float("inf"):
+            times[sizes > self.most_bytes] = float("inf")
+        return times
 
 
 def candidates(
     algorithm: str,
     *,
-    launch_s: float,
+    launches: Sequence[Curve | SwitchCurve],
     hops: Sequence[Hops],
     loads: Sequence[Load],
+    slots: float = 1,
     scaleup_bytes: float,
     scaleout_bytes: float,
     protocol: str | None = None,
 ) -> tuple[Terms, ...]:
-    """The constants of an algorithm, one entry a protocol; a single one where a ``protocol`` is given.
+    """The constants of an algorithm in every protocol that all its links have, Simple last.
 
     The levels are pipelined into each other, so the slowest one sets the pace, and each adds its own filling time.
 
+    Parameters
+    ----------
+    algorithm : str
+        Its name.
+    launches : sequence of Curve or SwitchCurve
+        What a call costs before its first step: inside the domain, and what leaving it adds.
+    hops, loads : sequence
+        Dependent steps, and traffic.
+    slots : float
+        Into how many slots the buffer is cut: the ranks of a ring, 1 in a tree.
+    scaleup_bytes, scaleout_bytes : float
+        As in `Terms`.
+    protocol : str, optional
+        What to call the only way of a library without protocols.
+
     Examples
     --------
-    >>> wire = Load(link="nvlink4", share=1.75, bandwidth=450e9, efficiency=0.8, ramp_s=4e-6)
-    >>> steps = Hops(count=14, step_s=0.8e-6, bulk_step_s=3.4e-6)
-    >>> both = candidates("ring", launch_s=4e-6, hops=[steps], loads=[wire], scaleup_bytes=1.75, scaleout_bytes=0)
-    >>> [(terms.protocol, round(terms.time_s(2**30) * 1e3, 3)) for terms in both]
-    [('LL', 6.365), ('Simple', 5.53)]
+    >>> from simllm.hardware.links import load_link
+    >>> curve = load_link("nvlink4").ring
+    >>> wire = Load(link="nvlink4", share=1.75, bandwidth=450e9, curve=curve)
+    >>> steps = Hops(count=14, curve=curve)
+    >>> found = candidates("ring", launches=[curve], hops=[steps], loads=[wire], scaleup_bytes=1.75, scaleout_bytes=0)
+    >>> [terms.protocol for terms in found]
+    ['LL', 'LL128', 'Simple']
     """
-    worst = max(loads, key=lambda load: load.s_per_byte)
-    fill = sum(2 * sqrt(load.ramp_s * load.share / load.bandwidth) for load in loads)
-    latency = launch_s + sum(hop.count * hop.step_s for hop in hops)
-    dearer = sum(hop.count * max(hop.bulk_step_s - hop.step_s, 0.0) for hop in hops)
-
-    def terms(name: str, latency_s: float, s_per_sqrt_byte: float, simple_from_bytes: float = 0.0) -> Terms:
-        return Terms(
-            algorithm=algorithm,
-            protocol=name,
-            latency_s=latency_s,
-            s_per_byte=worst.s_per_byte,
-            s_per_sqrt_byte=s_per_sqrt_byte,
-            scaleup_bytes=scaleup_bytes,
-            scaleout_bytes=scaleout_bytes,
-            bottleneck=worst.link,
-            bottleneck_bandwidth=worst.bandwidth,
-            simple_from_bytes=simple_from_bytes,
+    used: list[Curve | SwitchCurve] = [load.curve for load in loads]
+    used += [hop.curve for hop in hops if hop.count]
+    found = []
+    for name in PROTOCOLS:
+        if not all(curve.has(name) for curve in used) or (protocol and name != "Simple"):
+            continue
+        worst = max(loads, key=lambda load: load.s_per_byte(name))
+        found.append(
+            Terms(
+                algorithm=algorithm,
+                protocol=protocol or name,
+                latency_s=sum(curve.launch_s(name) for curve in launches) + sum(hop.latency_s(name) for hop in hops),
+                s_per_byte=worst.s_per_byte(name),
+                s_per_sqrt_byte=sum(load.s_per_sqrt_byte(name) for load in loads),
+                scaleup_bytes=scaleup_bytes,
+                scaleout_bytes=scaleout_bytes,
+                bottleneck=worst.link,
+                bottleneck_bandwidth=worst.bandwidth,
+                most_bytes=slots * min(curve.slot_bytes(name) for curve in used),
+            )
         )
+    return tuple(found)
 
-    if protocol is not None:
-        return (terms(protocol, latency + dearer, fill),)
-    if dearer == 0:
-        return (terms("Simple", latency, fill, latency / worst.s_per_byte),)
-    cheap_steps = terms("LL", latency, fill + 2 * sqrt(dearer * worst.s_per_byte))
-    return cheap_steps, terms("Simple", latency + dearer, fill)
+
+def eager(terms: Terms, injection: float, launches: Sequence[Curve]) -> Terms:
+    """The same, where the sender goes on to the next call once it has handed its bytes over at ``injection`` bytes/s.
+
+    Calls that follow each other then overlap their steps, which is what nccl-tests times.
+    """
+    launch_s = sum(curve.launch_s(terms.protocol) for curve in launches)
+    return replace(terms, latency_s=launch_s, s_per_byte=terms.s_per_byte + 1 / injection)

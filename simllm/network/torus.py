@@ -22,7 +22,7 @@ from math import ceil
 from typing import TYPE_CHECKING
 
 from simllm.hardware.fabric import Torus
-from simllm.network.terms import Hops, Terms, candidates, load_of
+from simllm.network.terms import Hops, Load, Terms, candidates
 
 if TYPE_CHECKING:
     from simllm.network.fabric import Fabric
@@ -100,12 +100,12 @@ def _rings(fabric: Fabric, wire: float, passes: int) -> tuple[Terms, ...]:
     if fabric.grid is None or fabric.domain.most == 1:
         return ()
     curve = fabric.up.ring
-    load = load_of(curve, link=fabric.up.name, share=wire, bandwidth=fabric.up_bandwidth)
+    load = Load(link=fabric.up.name, share=wire, bandwidth=fabric.up_bandwidth, curve=curve)
     return candidates(
         "torus",
         protocol="none",
-        launch_s=curve.launch.si,
-        hops=[Hops(count=passes * fabric.grid.hops, step_s=curve.step.si, bulk_step_s=curve.bulk_step_s)],
+        launches=[curve],
+        hops=[Hops(count=passes * fabric.grid.hops, curve=curve)],
         loads=[load],
         scaleup_bytes=wire,
         scaleout_bytes=0.0,

@@ -19,7 +19,7 @@ from math import log2
 
 from simllm.hardware.links import Curve
 from simllm.network.fabric import Fabric
-from simllm.network.terms import Hops, Load, Terms, candidates, load_of
+from simllm.network.terms import Hops, Load, Terms, candidates
 
 __all__ = ["busiest_domain_bytes", "tree", "tree_loads"]
 
@@ -36,7 +36,12 @@ def busiest_domain_bytes(domains: int) -> float:
 def tree_loads(fabric: Fabric, curve: Curve) -> list[Load]:
     """What a double binary tree sends across every boundary of the fabric."""
     return [
-        load_of(curve, link=cut.name, share=busiest_domain_bytes(cut.blocks), bandwidth=cut.members * cut.bandwidth)
+        Load(
+            link=cut.name,
+            share=busiest_domain_bytes(cut.blocks),
+            bandwidth=cut.members * cut.bandwidth,
+            curve=curve,
+        )
         for cut in fabric.cuts
     ]
 
@@ -57,17 +62,17 @@ def tree(fabric: Fabric) -> tuple[Terms, ...]:
     if curve is None:
         return ()
     g, blocks = fabric.domain.most, fabric.domain.blocks
-    up = fabric.up.ring
+    up = fabric.up_ring
     inside = 2 * (g - 1) / g
     loads = tree_loads(fabric, curve)
     if g > 1:
-        loads.append(load_of(up, link=fabric.up.name, share=inside, bandwidth=fabric.up_bandwidth))
+        loads.append(Load(link=fabric.up.name, share=inside, bandwidth=fabric.up_bandwidth, curve=up))
     return candidates(
         "tree",
-        launch_s=up.launch.si + curve.launch.si,
+        launches=[up, curve],
         hops=[
-            Hops(count=2 * (g - 1), step_s=up.step.si, bulk_step_s=curve.inner_bulk_step_s(up)),
-            Hops(count=2 * log2(blocks), step_s=curve.step.si, bulk_step_s=curve.bulk_step_s),
+            Hops(count=2 * (g - 1), curve=up, across=curve),
+            Hops(count=2 * log2(blocks), curve=curve),
         ],
         loads=loads,
         scaleup_bytes=inside,

@@ -139,7 +139,7 @@ def plot_residuals(fits: Sequence[LinkFit], picture: str) -> bytes:
     from matplotlib.figure import Figure
 
     sweeps = [(fit, found) for fit in fits for found in fit.sweeps]
-    shown = sorted(sweeps, key=lambda pair: (not pair[1].sweep.fitted, -len(pair[1].fitted_s)))[:_MOST_PANELS]
+    shown = sorted(sweeps, key=lambda pair: -len(pair[1].fitted_s))[:_MOST_PANELS]
     columns = min(3, len(shown))
     rows = math.ceil(len(shown) / columns)
     figure = Figure(figsize=(max(4.4 * columns, 7), 3.4 * rows + 0.8), layout="constrained")
@@ -170,9 +170,8 @@ def _residual_panel(axes: Axes, fit: LinkFit, found: FittedSweep) -> None:
     axes.set_yscale("log")
     axes.set_ylabel("bus bandwidth (GB/s)")
     error = median(abs(error) for error in found.errors)
-    aside = "" if sweep.fitted else " (not fitted)"
     where = f"{sweep.group.size} ranks, {_short(sweep.system, 30)}"
-    axes.set_title(f"{sweep.operation}, {where}: {error:.1%}{aside}", fontsize=8)
+    axes.set_title(f"{sweep.operation}, {where}: {error:.1%}", fontsize=8)
 
 
 def _bytes(figure: Figure, picture: str) -> bytes:

@@ -272,7 +272,7 @@ def _residuals(fit: LinkFit) -> RenderableType:
         after = sorted(abs(error) for error in found.errors)
         rows.append(
             (
-                sweep.operation + ("" if sweep.fitted else " (not fitted)"),
+                sweep.operation,
                 sweep.system,
                 str(sweep.group.size),
                 str(len(after)),
@@ -287,12 +287,7 @@ def _residuals(fit: LinkFit) -> RenderableType:
 
 def _worst(fit: LinkFit, most: int = 8) -> RenderableType:
     """The points that the fit misses by most."""
-    points = [
-        (abs(error), found, index)
-        for found in fit.sweeps
-        for index, error in enumerate(found.errors)
-        if found.sweep.fitted
-    ]
+    points = [(abs(error), found, index) for found in fit.sweeps for index, error in enumerate(found.errors)]
     points.sort(key=lambda point: -point[0])
     rows = []
     for _, found, index in points[:most]:

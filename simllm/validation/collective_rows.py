@@ -10,7 +10,7 @@ from simllm.hardware import Cluster
 from simllm.hardware.links import ALGORITHMS
 from simllm.network import OPERATIONS, CollectiveCost, Group, bus_factor, price
 from simllm.network.fabric import fabric
-from simllm.validation.nccl_log import ONE_PROCESS, is_log, log_rows, read_text
+from simllm.validation.nccl_log import is_log, log_rows, read_text
 from simllm.validation.row_cluster import row_cluster
 from simllm.validation.table import Row, read_table
 
@@ -26,6 +26,9 @@ __all__ = [
 
 #: Columns without which no row can be priced; the others may be missing or empty.
 NEEDED_COLUMNS = ("collective", "n_gpus", "message_bytes", "time_us")
+
+#: A bus bandwidth printed with two decimals tells the time to a tenth from here on, GB/s.
+_FINEST_BUSBW = 0.05
 
 #: The names that the test programs of the libraries have for an operation.
 _NAMES = {"alltoall": "all_to_all", "sendrecv": "send_recv", "p2p": "send_recv"}
@@ -58,8 +61,6 @@ class Measurement:
     group : Group
     size_bytes, time_s : float
         As nccl-tests prints them, out of place.
-    fitted : bool
-        Whether the time tells about links; not where a launch, who waits for whom or a way through the host hides them.
     """
 
     operation: str
@@ -68,7 +69,6 @@ class Measurement:
     group: Group
     size_bytes: float
     time_s: float
-    fitted: bool = True
 
     def price(self) -> CollectiveCost:
         """The prediction."""
@@ -94,6 +94,10 @@ def measurement(row: Row, cluster: str | None = None) -> Measurement:
     if row.flag("usable") is False:
         why = row.text("notes")
         raise InputError(f"the table marks the row as not usable{f': {why}' if why else ''}")
+    if "acceptance threshold" in f"{row.text('system')} {row.text('notes')}":
+        raise InputError("a threshold for acceptance, not a measurement")
+    if "2-decimals" in row.text("notes") and (row.number("busbw_GBps") or 0) < _FINEST_BUSBW:
+        raise InputError("the bandwidth is printed too coarsely to tell the time")
     operation = operation_name(row.text("collective"))
     if operation not in OPERATIONS:
         raise InputError(f"collective={row.text('collective')} is not priced; priced are {', '.join(OPERATIONS)}")
@@ -102,8 +106,6 @@ def measurement(row: Row, cluster: str | None = None) -> Measurement:
         raise InputError("message_bytes is not stated")
     algorithm = _algorithm(row.text("algorithm"))
     placed = row_cluster(row, cluster)
-    if "single process" in row.text("notes"):
-        row.assume(ONE_PROCESS)
     if row.text("protocol"):
         row.assume(f"protocol={row.text('protocol')} was forced; the cheapest one is priced")
     return Measurement(
@@ -113,8 +115,6 @@ def measurement(row: Row, cluster: str | None = None) -> Measurement:
         group=placed.group,
         size_bytes=size,
         time_s=_measured_time(row, operation, placed.group.size, size),
-        # A broadcast's time depends on who waits for it.
-        fitted=operation != "broadcast" and placed.peer_access and ONE_PROCESS not in row.assumptions,
     )
 
 

@@ -14,14 +14,12 @@ from typing import Any, Literal
 
 from simllm.errors import InputError
 from simllm.network import bus_factor
+from simllm.network.crossvalidate import REGIMES
 from simllm.validation.collective_rows import NEEDED_COLUMNS, measurement, operation_name, read_rows
 from simllm.validation.scoring import Outcome, Score, score, score_by
 from simllm.validation.table import Row
 
 __all__ = ["NEEDED_COLUMNS", "REGIMES", "CollectiveReport", "CollectiveResult", "regime", "validate_collectives"]
-
-#: Sizes that behave alike, from the largest: the wire decides, the pipeline decides, the latency decides.
-REGIMES: tuple[tuple[str, float], ...] = ((">= 64 MB", 64e6), ("64 KB to 64 MB", 64e3), ("< 64 KB", 0.0))
 
 _GROUPS = ("regime", "system", "collective", "gpu")
 
@@ -30,9 +28,9 @@ def regime(size_bytes: float) -> str:
     """The regime of a size.
 
     >>> regime(1024), regime(1e6), regime(2**26)
-    ('< 64 KB', '64 KB to 64 MB', '>= 64 MB')
+    ('below 64 KB', '64 KB to 64 MB', '64 MB and more')
     """
-    return next(name for name, least in REGIMES if size_bytes >= least)
+    return next(name for name, least, _ in REGIMES if size_bytes >= least)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +112,7 @@ class CollectiveReport:
         ]
         found = score_by(pairs, lambda pair: pair[0], lambda pair: pair[1])
         if group == "regime":
-            return {name: found[name] for name, _ in REGIMES if name in found}
+            return {name: found[name] for name, *_ in REGIMES if name in found}
         return found
 
     @property

@@ -7,28 +7,24 @@ that they can tell are chosen: those whose change changes a predicted time.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
 from simllm.errors import InputError
-from simllm.hardware.figures import Count, Figure
+from simllm.hardware.figures import Count
 from simllm.hardware.links import Link
 from simllm.hardware.profiles import figures_of
 from simllm.network import bus_factor
-from simllm.network.calibrate import FIT, Sweep, calibrate
-from simllm.network.fabric import Fabric, fabric
-from simllm.network.price import choices, fastest
+from simllm.network.calibrate import FIT, calibrate, predict, with_figures
+from simllm.network.fabric import fabric
+from simllm.network.measurements import Sweep
 from simllm.validation.collective_rows import Measurement, measurement
 from simllm.validation.scoring import percentile
 from simllm.validation.table import Row
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 __all__ = [
     "FittedSweep",
@@ -90,7 +86,7 @@ class LinkFit:
     paths : tuple of str
         Key paths of the figures that were fitted.
     sweeps : tuple of FittedSweep
-        The measurements, also those that the fit leaves aside.
+        The measurements.
     """
 
     before: Link
@@ -100,8 +96,8 @@ class LinkFit:
 
     @property
     def points(self) -> int:
-        """Measured points in the fit."""
-        return sum(len(found.fitted_s) for found in self.sweeps if found.sweep.fitted)
+        """Measured points."""
+        return sum(len(found.fitted_s) for found in self.sweeps)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data with stable keys, SI units."""
@@ -110,7 +106,7 @@ class LinkFit:
             "name": self.link.name,
             "scope": self.link.scope,
             "points": self.points,
-            **error_summary([error for found in self.sweeps if found.sweep.fitted for error in found.errors]),
+            **error_summary([error for found in self.sweeps for error in found.errors]),
             "figures": {
                 path: {"before": old[path].value, "fitted": new[path].value, "unit": new[path].unit}
                 for path in self.paths
@@ -123,7 +119,6 @@ class LinkFit:
                     "ranks": found.sweep.group.size,
                     "stride": found.sweep.group.stride,
                     "algorithm": found.sweep.algorithm,
-                    "in_fit": found.sweep.fitted,
                     **error_summary(found.errors),
                     "residuals": [
                         {"size_bytes": size, "measured_time_s": measured, "fitted_time_s": fitted, "error": error}
@@ -204,7 +199,7 @@ def _sweep(key: tuple[Any, ...], system: str, points: list[Measurement]) -> Swee
         algorithm=first.algorithm,
         sizes_bytes=tuple(point.size_bytes for point in points),
         times_s=tuple(point.time_s for point in points),
-        fitted=all(point.fitted for point in points),
+        fitted=True,
     )
 
 
@@ -229,15 +224,14 @@ def fit_links(
     Raises
     ------
     InputError
-        No sweep runs over ``only``, only broadcasts were measured, there are fewer points than figures, or scipy is not
-        installed.
+        No sweep runs over ``only``, there are fewer points than figures, or scipy is not installed.
     """
     if find_spec("scipy") is None:
         raise InputError("a fit needs scipy; install it with: pip install 'simllm[calibrate]'")
-    members: dict[Link, list[tuple[Sweep, Fabric]]] = {}
+    members: dict[Link, list[Sweep]] = {}
     for sweep in sweeps:
         view = fabric(sweep.cluster, sweep.group)
-        members.setdefault(view.up if view.out is None else view.out, []).append((sweep, view))
+        members.setdefault(view.out or view.up, []).append(sweep)
     names = [link.name for link in members]
     if only is not None:
         members = {link: found for link, found in members.items() if link.name == only}
@@ -252,76 +246,46 @@ def fit_links(
     return fits
 
 
-def _fit(link: Link, members: Sequence[tuple[Sweep, Fabric]], source: str) -> LinkFit:
-    import numpy as np
-
-    used = [(sweep, view) for sweep, view in members if sweep.fitted]
-    if not used:  # of sweeps that tell less about links, all but broadcasts are better than none
-        used = [(replace(sweep, fitted=True), view) for sweep, view in members if sweep.operation != "broadcast"]
-        members = used
-    if not used:
-        raise InputError(f"only broadcasts were measured over {link.name}; measure all_reduce or all_gather")
-    paths = [path for path in _candidates(link) if tells(link, path, used)]
-    points = sum(len(sweep.sizes_bytes) for sweep, _ in used)
+def _fit(link: Link, sweeps: Sequence[Sweep], source: str) -> LinkFit:
+    paths = [path for path in _candidates(link) if _tells(link, path, sweeps)]
+    points = sum(len(sweep.sizes_bytes) for sweep in sweeps)
     if points < len(paths):
         raise InputError(
             f"{points} point{'s' if points > 1 else ''} over {link.name} cannot tell its {len(paths)} figures; "
             "give a sweep over sizes, such as -b 8 -e 8G -f 2"
         )
-    fitted = calibrate(link, [sweep for sweep, _ in used], paths).link
-    values = figures_of(fitted)
+    # What the measurements leave open stays near the catalog's figures of this class, not near those of its kin.
+    own = {link.like: link} if link.like else {}
+    values = figures_of(calibrate(link, sweeps, paths, classes=own).link)
     said = f"{FIT} to {source}, {points} points"
-    link_after = with_figures(
+    fitted = with_figures(
         link, {path: msgspec.structs.replace(values[path], source=said, basis="measured", note=None) for path in paths}
     )
     return LinkFit(
         before=link,
-        link=link_after,
+        link=fitted,
         paths=tuple(paths),
         sweeps=tuple(
             FittedSweep(
                 sweep=sweep,
-                before_s=tuple(np.asarray(_times(sweep, view, link)).tolist()),
-                fitted_s=tuple(np.asarray(_times(sweep, view, link_after)).tolist()),
+                before_s=tuple(predict(sweep).tolist()),
+                fitted_s=tuple(predict(sweep, {link.name: fitted}).tolist()),
             )
-            for sweep, view in members
+            for sweep in sweeps
         ),
     )
 
 
 def _candidates(link: Link) -> list[str]:
-    """Key paths of figures that a fit may move: durations and parts, not numbers of things."""
+    """Key paths of figures that a fit may move: durations, parts, rates and slots, not numbers of things."""
     return [path for path, figure in figures_of(link).items() if not isinstance(figure, Count)]
 
 
-def tells(link: Link, path: str, used: Sequence[tuple[Sweep, Fabric]]) -> bool:
+def _tells(link: Link, path: str, sweeps: Sequence[Sweep]) -> bool:
     """Whether a figure matters: a fifth less of it changes a predicted time by more than a hundredth."""
     import numpy as np
 
     figure = figures_of(link)[path]
     other = figure.value * 0.8 if figure.value else 1e-2
-    changed = with_figures(link, {path: msgspec.structs.replace(figure, value=other)})
-    return any(
-        bool(np.any(np.abs(_times(sweep, view, changed) / _times(sweep, view, link) - 1) > 1e-2))
-        for sweep, view in used
-    )
-
-
-def _times(sweep: Sweep, view: Fabric, link: Link) -> NDArray[np.float64]:
-    import numpy as np
-
-    trial = replace(view, up=link) if link.scope == "scale-up" else replace(view, out=link)
-    return fastest(choices(sweep.operation, trial, sweep.algorithm), np.asarray(sweep.sizes_bytes))
-
-
-def with_figures(link: Link, figures: Mapping[str, Figure]) -> Link:
-    """A link class with other figures at some key paths."""
-    changed = link
-    for path, figure in figures.items():
-        *parents, name = path.split(".")
-        if parents:
-            curve = msgspec.structs.replace(getattr(changed, parents[0]), **{name: figure})
-            changed = msgspec.structs.replace(changed, **{parents[0]: curve})
-        else:
-            changed = msgspec.structs.replace(changed, **{name: figure})
-    return changed
+    changed = {link.name: with_figures(link, {path: msgspec.structs.replace(figure, value=other)})}
+    return any(bool(np.any(np.abs(predict(sweep, changed) / predict(sweep) - 1) > 1e-2)) for sweep in sweeps)

@@ -7,7 +7,6 @@ import json
 import msgspec
 
 from simllm.hardware.figures import Figure
-from simllm.hardware.profiles import figures_of
 from simllm.validation.link_fit import FittedSweep, LinkFit, error_summary
 
 __all__ = ["link_yaml"]
@@ -21,13 +20,12 @@ def link_yaml(fit: LinkFit) -> str:
     ]
     for name in fit.link.__struct_fields__:
         value = getattr(fit.link, name)
-        if isinstance(value, Figure):
-            lines.append(f"{name}: {_figure_yaml(value)}")
-        elif isinstance(value, msgspec.Struct):
-            lines.append(f"{name}:")
-            lines += [f"  {key}: {_figure_yaml(figure)}" for key, figure in figures_of(value).items()]
+        if isinstance(value, msgspec.Struct):
+            lines += _part_yaml(name, value, "")
         elif isinstance(value, tuple):
             lines += [f"{name}: [{', '.join(map(json.dumps, value))}]"] if value else []
+        elif isinstance(value, bool):
+            lines += [f"{name}: true"] if value else []
         elif value is not None:
             lines.append(f"{name}: {json.dumps(value) if name == 'description' else value}")
     return "\n".join(lines) + "\n"
@@ -36,11 +34,22 @@ def link_yaml(fit: LinkFit) -> str:
 def _summary(found: FittedSweep) -> str:
     errors = error_summary(found.errors)
     sweep = found.sweep
-    aside = "" if sweep.fitted else ", not in the fit"
     return (
         f"{sweep.operation} of {sweep.group.size} ranks, {len(found.fitted_s)} sizes: "
-        f"{errors['median_absolute_percentage_error']:.1f} % and {errors['p90_absolute_percentage_error']:.1f} %{aside}"
+        f"{errors['median_absolute_percentage_error']:.1f} % and {errors['p90_absolute_percentage_error']:.1f} %"
     )
+
+
+def _part_yaml(name: str, part: msgspec.Struct, indent: str) -> list[str]:
+    """A figure on one line, or a part with its own figures and parts below it."""
+    if isinstance(part, Figure):
+        return [f"{indent}{name}: {_figure_yaml(part)}"]
+    lines = [f"{indent}{name}:"]
+    for key in part.__struct_fields__:
+        value = getattr(part, key)
+        if value is not None:
+            lines += _part_yaml(key, value, indent + "  ")
+    return lines
 
 
 def _figure_yaml(figure: Figure) -> str:

@@ -16,10 +16,7 @@ from simllm.errors import InputError
 from simllm.network import OPERATIONS, bus_factor
 from simllm.validation.table import Row
 
-__all__ = ["ONE_PROCESS", "LogRun", "is_log", "log_rows", "parse_log", "read_text"]
-
-#: What is said of measurements whose launches are not those of a training run.
-ONE_PROCESS = "a process drives several devices; its launches cost more than those of one process each"
+__all__ = ["LogRun", "is_log", "log_rows", "parse_log", "read_text"]
 
 #: The largest file that is read; a day of benchmarks is a few megabytes.
 _LARGEST_LOG_BYTES = 256 * 2**20
@@ -315,13 +312,13 @@ def log_rows(text: str, name: str, collective: str | None = None, gpus: int | No
             "n_gpus": str(ranks),
             "collective": operation,
             "library": run.library,
+            # Without a list of devices: as training runs do it.
+            "ranks_per_process": str(max(run.ranks // run.processes, 1) if run.processes else 1),
         }
         for line, size, seconds in run.points:
             point = {"message_bytes": f"{size:.0f}", "time_us": repr(seconds * 1e6)}
             row = Row(line=line, cells=cells | point)
             if not (run.collective or collective):
                 row.assume(f"the log does not say which collective it is of: {operation}, by its name")
-            if 0 < run.processes < run.ranks:
-                row.assume(ONE_PROCESS)
             rows.append(row)
     return rows

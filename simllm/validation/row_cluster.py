@@ -43,14 +43,11 @@ class Placed:
     group : Group
     assumptions : tuple of str
         What the row does not state.
-    peer_access : bool
-        Whether the ranks reach each other directly, as far as is known.
     """
 
     cluster: Cluster
     group: Group
     assumptions: tuple[str, ...]
-    peer_access: bool = True
 
 
 def row_cluster(row: Row, cluster: str | None = None) -> Placed:
@@ -82,10 +79,19 @@ def row_cluster(row: Row, cluster: str | None = None) -> Placed:
             scaleout_bandwidth=bandwidth * 1e9 if bandwidth else None,
         ),
         cluster=cluster,
+        ranks_per_process=_ranks_per_process(row),
     )
     for sentence in placed.assumptions:
         row.assume(sentence)
     return placed
+
+
+def _ranks_per_process(row: Row) -> int | None:
+    """Ranks that one process drives, from a column or the notes; None where nothing is stated."""
+    stated = row.integer("ranks_per_process")
+    if stated is None and "single process" in row.text("notes"):
+        return max((row.integer("n_gpus") or 1) // (row.integer("n_nodes") or 1), 1)
+    return stated
 
 
 @lru_cache(maxsize=4096)
@@ -97,6 +103,7 @@ def place(
     ranks: int | None,
     stated: Machine = UNSTATED,
     cluster: str | None = None,
+    ranks_per_process: int | None = None,
 ) -> Placed:
     """The machine that the words of a table mean, and the ranks on it.
 
@@ -144,12 +151,17 @@ def place(
         assumed.append(f"{ranks} ranks do not spread evenly over {nodes} nodes of {per_node}: they fill nodes in order")
     elif nodes > 1:
         stride = per_node // used
-    described = published_systems().get(system)
-    most = described.peer_access.value if described and described.peer_access and cluster is None else ranks
-    if ranks > most:
-        assumed.append(f"only {most} GPUs of it reach each other directly; the way through the host is not modelled")
-    group = Group(size=ranks, stride=stride)
-    return Placed(cluster=found, group=group, assumptions=tuple(assumed), peer_access=ranks <= most)
+    one_process = False
+    if cluster is None and (known := published_systems().get(system)) is not None:
+        one_process = known.one_process
+        if known.peer_access and known.staged_link and ranks > known.peer_access.value:
+            found = replace(found, scaleup_link=known.staged_link)
+            assumed.append(f"groups of more than {known.peer_access.value} GPUs are staged in host memory")
+    if one_process and ranks_per_process is None:
+        assumed.append("one process drives all devices of a node")
+    driven = ranks_per_process or (max(used, 1) if one_process else 1)
+    group = Group(size=ranks, stride=stride, ranks_per_process=driven)
+    return Placed(cluster=found, group=group, assumptions=tuple(assumed))
 
 
 def _machine(system: str, gpu: str, stated: Machine, assumed: list[str]) -> Machine:
@@ -184,7 +196,7 @@ def _machine(system: str, gpu: str, stated: Machine, assumed: list[str]) -> Mach
     own = {name: value for name in stated.__dataclass_fields__ if (value := getattr(stated, name)) is not None}
     known = published_systems().get(system)
     figure = known.scaleout_bandwidth if known else None
-    if known and figure and "scaleout_bandwidth" not in own and base.scaleout_bandwidth is None:
+    if known and figure and "scaleout_bandwidth" not in own:
         own |= {"scaleout_link": known.scaleout_link, "scaleout_bandwidth": figure.si}
         assumed.append(f"network: {known.scaleout_link} with {figure.si / 1e9:g} GB/s a node ({figure.source})")
     return replace(base, **own, system=None) if own else base

@@ -82,9 +82,15 @@ class _Island(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class Described(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a published name leaves out; `peer_access` is the most devices that reach each other directly."""
+    """What a published name leaves out.
+
+    `peer_access` is the most devices that reach each other directly, `staged_link` the link class of larger groups;
+    `one_process` says that one process drove all devices of a node.
+    """
 
     peer_access: Count | None = None
+    staged_link: str | None = None
+    one_process: bool = False
     scaleout_link: str | None = None
     scaleout_bandwidth: BytesPerSecond | None = None
     island: _Island | None = None

@@ -350,6 +350,7 @@ def test_llama_4_patterns():
     assert [isinstance(block.mlp, MoESpec) for block in model.decoder.layers] == [False, True, False, True]
     assert [block.mixer.position for block in model.decoder.layers] == ["rope", "rope", "rope", "none"]
     assert windows(model) == [64, 64, 64, None]
+    assert [block.mixer.mask for block in model.decoder.layers] == ["chunked"] * 3 + ["causal"]
     assert model.decoder.layers[0].mixer.qk_norm == NormSpec(kind="rmsnorm", affine=False)
 
 

@@ -82,6 +82,9 @@ def test_mask_pairs_by_enumeration() -> None:
                 assert attended_pairs("prefix", 9, 9, None, prefix) == seen
             if prefix == 0:
                 assert attended_pairs("causal", 9, 9, window) == seen
+    for chunk in (1, 2, 4, 9, 20):
+        seen = sum(key <= query and key // chunk == query // chunk for query in range(9) for key in range(9))
+        assert attended_pairs("chunked", 9, 9, chunk) == seen
     assert attended_pairs("cross", 5, 7) == 35
     with pytest.raises(ValueError, match="unknown mask"):
         attended_pairs("diagonal", 4, 4)

@@ -9,8 +9,8 @@ import pytest
 
 from simllm.errors import InputError, UnsupportedError
 from simllm.hardware.cluster import load_cluster
-from simllm.hardware.figures import Count
-from simllm.hardware.links import Curve, Link, Part, Seconds, SlotParts, SwitchCurve
+from simllm.hardware.figures import Bytes, BytesPerSecond, Count
+from simllm.hardware.links import Curve, Link, Part, Posting, Protocol, Seconds, SlotParts, SwitchCurve
 from simllm.network import Group, price
 from simllm.network.alltoall import all_to_all
 from simllm.network.fabric import Cut, Fabric, fabric
@@ -18,6 +18,7 @@ from simllm.network.group import Spread, spread
 from simllm.network.hierarchical import hierarchical, hierarchical_broadcast
 from simllm.network.nvls import nvls, nvls_tree
 from simllm.network.p2p import send_recv
+from simllm.network.posting import posting_s
 from simllm.network.ring import broadcast, ring
 from simllm.network.terms import Terms
 from simllm.network.torus import grid, torus
@@ -127,11 +128,54 @@ def test_rails_limit_large_domains() -> None:
 
 def test_broadcast_sends_all_bytes_over_every_edge() -> None:
     terms = simple(broadcast(view(8, 1)))
-    assert terms.latency_s == pytest.approx(11e-6)
+    assert terms.latency_s == pytest.approx(17e-6)
     assert terms.s_per_byte == pytest.approx(1 / 50e9)
-    # 7 edges share among 8 GPUs; 6 hops are behind the first, so the pipeline fills in 6 us.
+    # 7 edges share among 8 GPUs.
     assert terms.scaleup_bytes == 7 / 8
-    assert terms.s_per_sqrt_byte == pytest.approx(2 * (6e-6 / 100e9) ** 0.5)
+
+
+def test_broadcasts_in_a_row_overlap() -> None:
+    # At 1 GB/s of injection, 1 KB is handed over in 1.024 us instead of the 7 us of the hops; 1 MB is not.
+    curve = msgspec.structs.replace(
+        _curve(0.5, 10, 1), injection=BytesPerSecond(value=1, unit="GB/s", source="test", basis="assumed")
+    )
+    found = broadcast(replace(view(8, 1), up=msgspec.structs.replace(UP, broadcast=curve)))
+    assert min(terms.time_s(1024) for terms in found) == pytest.approx(10e-6 + 1024 / 1e9 + 1024 / 50e9)
+    assert min(terms.time_s(1e6) for terms in found) == pytest.approx(17e-6 + 1e6 / 50e9)
+
+
+def test_protocols_end_at_their_largest_slot() -> None:
+    # LL: steps of 0.1 us at a tenth of the wire, in slots of up to 4 KiB, so for up to 32 KiB among 8 ranks.
+    short = Protocol(
+        step=_us(0.1), efficiency=_part(0.1), slot=Bytes(value=4, unit="KiB", source="test", basis="assumed")
+    )
+    curve = msgspec.structs.replace(_curve(0.5, 10, 1), ll=short)
+    low, high = ring(replace(view(8, 1), up=msgspec.structs.replace(UP, ring=curve)), 2)
+    assert (low.protocol, high.protocol, low.most_bytes) == ("LL", "Simple", 8 * 4096)
+    assert low.time_s(32768) == pytest.approx(10e-6 + 1.4e-6 + 1.75 * 32768 / 10e9)
+    assert low.time_s(32769) == float("inf")
+    assert high.time_s(32769) == pytest.approx(10e-6 + 14e-6 + 1.75 * 32769 / 50e9)
+
+
+def test_one_process_posts_for_all_its_gpus() -> None:
+    # 8 launches of 3 us; an all-to-all also posts 2 * 7 messages of 0.5 us for each GPU.
+    up = msgspec.structs.replace(UP, posting=Posting(launch=_us(3), message=_us(0.5)))
+    one = replace(view(8, 1), up=up, ranks_per_process=8)
+    assert posting_s("all_reduce", one) == pytest.approx(24e-6)
+    assert posting_s("all_to_all", one) == pytest.approx(8 * (3 + 14 * 0.5) * 1e-6)
+    assert posting_s("all_to_all", view(8, 1)) == 0
+    with pytest.raises(UnsupportedError, match="nobody measured one process"):
+        posting_s("all_reduce", replace(view(8, 1), ranks_per_process=8))
+    cluster = load_cluster("dgx-a100", 8)
+    many, single = (price("all_to_all", 1024, cluster, Group(size=8, ranks_per_process=n)) for n in (1, 8))
+    assert single.time_s > 4 * many.time_s
+    assert single.latency_s + single.bandwidth_s == pytest.approx(single.time_s)
+
+
+def test_staged_transfers_share_one_link() -> None:
+    boxes = {n: replace(load_cluster("tinybox-green", 6), scaleup_link="host-staged") for n in (2, 6)}
+    wire = boxes[6].scaleup_bandwidth
+    assert [fabric(boxes[n], Group(size=n)).up_bandwidth for n in (2, 6)] == pytest.approx([wire / 2, wire / 6])
 
 
 def test_tree() -> None:

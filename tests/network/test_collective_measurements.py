@@ -12,7 +12,7 @@ from simllm.hardware.cluster import load_cluster
 from simllm.hardware.links import list_links, load_link
 from simllm.hardware.profiles import check_profile, figures_of, profiles_dir
 from simllm.network import Group, price, price_array
-from simllm.network.calibrate import FIT, Sweep, calibrate, read_sweeps
+from simllm.network.calibrate import FIT, Sweep, calibrate, predict, read_sweeps
 
 PUBLISHED = Path(__file__).parents[1] / "published"
 
@@ -30,6 +30,7 @@ def errors(low: float, high: float) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     for sweep in sweeps():
         times = price_array(sweep.operation, sweep.sizes_bytes, sweep.cluster, sweep.group, sweep.algorithm)
+        assert times == pytest.approx(predict(sweep))
         for size, measured, predicted in zip(sweep.sizes_bytes, sweep.times_s, times, strict=True):
             if low <= size < high:
                 found.setdefault(sweep.system, []).append(predicted / measured - 1)
@@ -37,12 +38,12 @@ def errors(low: float, high: float) -> dict[str, list[float]]:
 
 
 def test_most_usable_points_can_be_priced() -> None:
-    assert sum(len(sweep.sizes_bytes) for sweep in sweeps()) == 2294
+    assert sum(len(sweep.sizes_bytes) for sweep in sweeps()) == 2282
 
 
 @pytest.mark.parametrize(
     ("low", "high", "median", "p90"),
-    [(64e6, 1e12, 0.03, 0.12), (65536, 64e6, 0.11, 0.60), (0, 65536, 0.06, 0.45)],
+    [(64e6, 1e12, 0.03, 0.11), (65536, 64e6, 0.07, 0.35), (0, 65536, 0.04, 0.18)],
 )
 def test_errors_by_size(low: float, high: float, median: float, p90: float) -> None:
     absolute = np.abs(np.concatenate([np.array(found) for found in errors(low, high).values()]))
@@ -57,9 +58,9 @@ def test_large_messages_of_every_system() -> None:
         print(f"{error:+7.1%}  {system}")
     absolute = np.abs(list(by_system.values()))
     assert len(by_system) >= 35
-    assert np.median(absolute) < 0.025
-    # A box without peer access between its sockets is known to be far off; the host, not the link, is slow.
-    assert [system for system, error in by_system.items() if abs(error) > 0.25] == ["1 node L40S PCIe4"]
+    assert np.median(absolute) < 0.03
+    # The worst is a node of H20, whose library did not reduce in the switch although it could.
+    assert [system for system, error in by_system.items() if abs(error) > 0.15] == ["1 node 8xH20 NVSwitch"]
 
 
 @pytest.mark.parametrize(
@@ -101,17 +102,17 @@ def test_two_nodes_double_the_nics_and_more_do_not() -> None:
     assert 350e9 < busbw[32] < 385e9
 
 
-@pytest.mark.parametrize("name", ["nvlink2", "nvlink3", "nvlink4", "nvlink5", "infiniband", "roce"])
+@pytest.mark.parametrize("name", ["nvlink2", "nvlink3", "pcie5", "roce"])
 def test_shipped_figures_are_what_the_fit_gives(name: str) -> None:
+    """Compared by the times they give, as some figures that nothing decides may drift."""
     link = load_link(name)
-    fitted = calibrate(link, sweeps())
-    before, after = figures_of(link), figures_of(fitted.link)
-    for path, figure in before.items():
-        if figure.source.startswith(FIT):
-            # A filling time near zero says only that there is none.
-            assert after[path].si == pytest.approx(figure.si, rel=0.02, abs=2e-8), path
-        else:
-            assert after[path] == figure
+    fitted = calibrate(link, sweeps()).link
+    for path, figure in figures_of(link).items():
+        if not figure.source.startswith(FIT):
+            assert figures_of(fitted)[path] == figure
+    for sweep in sweeps():
+        if sweep.fitted:
+            assert predict(sweep, {name: fitted}) == pytest.approx(predict(sweep), rel=0.03)
 
 
 @pytest.mark.parametrize("name", list_links())

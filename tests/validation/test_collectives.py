@@ -132,7 +132,7 @@ rccl-tests: Version develop:83d38d9
     (run,) = parse_log(text)
     assert (run.ranks, run.processes, run.gpu, run.collective) == (2, 1, "AMD Instinct MI300X", "all_reduce")
     (row,) = log_rows(text, "rccl.log")
-    assert "a process drives several devices" in row.assumptions[0]
+    assert measurement(row).group.ranks_per_process == 2
 
 
 @pytest.mark.parametrize("prefix", ["[1,0]<stdout>:", "    [1,0]<stdout>: ", "0: ", "    "])
@@ -385,21 +385,21 @@ def test_errors_are_counted_over_the_priced_rows() -> None:
     assert overall["count"] == summary["ok"] == len(ratios)
     assert overall["mean_absolute_percentage_error"] == pytest.approx(100 * sum(map(abs, ratios)) / len(ratios))
     assert overall["bias"] == pytest.approx(100 * sum(ratios) / len(ratios))
-    assert list(summary["regime"]) == [name for name, _ in REGIMES]
+    assert list(summary["regime"]) == [name for name, *_ in REGIMES]
     for group in ("regime", "system", "collective", "gpu"):
         assert sum(score["count"] for score in summary[group].values()) == len(ratios)
 
 
 def test_errors_on_published_collectives() -> None:
     by_regime = published().summary["regime"]
-    for name, median, p90 in ((">= 64 MB", 4, 20), ("64 KB to 64 MB", 13, 70), ("< 64 KB", 8, 50)):
+    for name, median, p90 in (("64 MB and more", 4, 15), ("64 KB to 64 MB", 9, 60), ("below 64 KB", 6, 30)):
         assert by_regime[name]["median_absolute_percentage_error"] < median
         assert by_regime[name]["p90_absolute_percentage_error"] < p90
 
 
 @given(st.floats(1, 1e12))
 def test_every_size_has_one_regime(size: float) -> None:
-    names = [name for name, _ in REGIMES]
+    names = [name for name, *_ in REGIMES]
     assert regime(size) in names
     assert names.index(regime(size)) >= names.index(regime(2 * size))
 
@@ -617,13 +617,6 @@ def test_calibration_of_two_nodes_fits_the_network() -> None:
     assert fit.to_dict()["median_absolute_percentage_error"] < 100 * sorted(before)[len(before) // 2] / 3
 
 
-def test_broadcasts_teach_nothing() -> None:
-    points = [(2**n, 50.0 + 2**n / 1e5) for n in range(10, 30)]
-    text = "broadcast_perf\n" + SETTINGS + H100 + NOW + rows("broadcast", 8, points, "none", "0")
-    with pytest.raises(InputError, match="only broadcasts were measured over nvlink4"):
-        fit_links(measured_sweeps(log_rows(text, "x")).sweeps, "x")
-
-
 @pytest.mark.parametrize(
     ("cells", "said"),
     [
@@ -670,7 +663,7 @@ def test_every_sweep_is_left_out_once() -> None:
     assert done == [(n, 6) for n in range(6)]  # three of the sweeps, three of the systems
     for by in ("sweeps", "systems"):
         assert errors[by]["all"]["count"] == points
-        assert sum(errors[by][name]["count"] for name, _ in REGIMES) == points
+        assert sum(errors[by][name]["count"] for name, *_ in REGIMES) == points
     # The RTX PRO 6000 is the only one on PCIe: without it nothing tells its links; H100 and H200 tell each other's.
     pcie = sum(len(sweep.sizes_bytes) for sweep in sweeps if "RTX" in sweep.system)
     assert errors["systems"]["no other sweep over such links"]["count"] == pcie
@@ -691,7 +684,7 @@ def test_left_out_sweeps_are_not_seen() -> None:
 
 @pytest.mark.parametrize("folds", [1, 10])
 def test_folds_that_cannot_be(folds: int) -> None:
-    with pytest.raises(InputError, match=f"--cross-validate={folds} must be from 2 to 9, the sweeps that there are"):
+    with pytest.raises(InputError, match=f"--cross-validate={folds} must be from 2 to 9, the sweeps in the file"):
         cross_validate(eight_gpus_of_two_kinds(), folds)
 
 

@@ -216,6 +216,7 @@ def _llama4(v: Values) -> ModelSpec:
         mixer = attention(
             v,
             position="rope" if rotate else "none",
+            mask="chunked" if chunk and kind == "chunked_attention" else "causal",
             sliding_window=None if kind == "full_attention" else chunk,
             qkv_bias=bias,
             out_bias=bias,
@@ -227,8 +228,7 @@ def _llama4(v: Values) -> ModelSpec:
         return BlockSpec(mixer=mixer, mlp=mlp, norm=RMS_NORM)
 
     keys = [(rotates[index], kinds[index], index in sparse) for index in range(number)]
-    notes = (f"chunked attention is taken as a sliding window of {chunk} tokens, which sees up to twice as many",)
-    return decoder(v, stack_of(keys, block), final_norm=RMS_NORM, notes=notes if chunk else ())
+    return decoder(v, stack_of(keys, block), final_norm=RMS_NORM)
 
 
 _TIKTOKEN_200K = "tiktoken byte-level BPE (200k)"

@@ -47,6 +47,11 @@ class StageMemory:
         """Bytes at the peak: the sum of the kinds."""
         return sum(self.by_kind.values())
 
+    @property
+    def state_bytes(self) -> float:
+        """Bytes that no recomputation or smaller micro-batch frees."""
+        return self.peak_bytes - self.by_kind["activations"] - self.by_kind["working"]
+
 
 def shard_degrees(plan: Plan, hsdp_shard: int) -> tuple[int, int]:
     """Ranks over which data parallelism shards dense and expert states."""

@@ -223,7 +223,8 @@ class _Search:
         """Keep the plan that comes nearest to fitting: what a person would start from."""
         if self.found:
             return
-        peak = Step(self.model, cluster, candidate, self.training).peak_memory_bytes()
+        step = Step(self.model, cluster, candidate, self.training)
+        peak = max(stage.peak_bytes for stage in step.memory())
         if self.nearest is None or peak < self.nearest[0]:
             self.nearest = (peak, cluster, candidate)
 
@@ -237,14 +238,16 @@ class _Search:
             for index, policy in enumerate(policies):
                 if index:
                     step = Step(self.model, space.cluster, replace(first, recompute=policy), self.training)
-                peak = step.peak_memory_bytes()
+                overflow = step.first_overflow(usable)
                 self.priced += 1
-                if peak <= usable:
+                if overflow is None:
                     if index + 1 < len(policies):
                         self.rejected[_RECOMPUTES] += len(policies) - index - 1
-                    self.found.append(Candidate(cluster=space.cluster, plan=step.plan, step_time_s=step.time().total_s))
+                    self.found.append(
+                        Candidate(cluster=space.cluster, plan=step.plan, step_time_s=step.time().total_s)
+                    )
                     break
-                states = step.state_memory_bytes() > usable
+                states = overflow.state_bytes > usable
                 if states or index == len(policies) - 1:
                     self.rejected[_TOO_LARGE if states else _NO_ROOM] += len(policies) - index
                     self._remember(space.cluster, replace(first, recompute=policies[-1]))

@@ -26,6 +26,9 @@ from simllm.training.run import Training
 __all__ = ["Exchange", "StageTime", "Step", "StepTime", "engine_for", "exposed"]
 
 
+_ALONE = Group(size=1)
+
+
 def exposed(communication_s: float, window_s: float, share: float) -> float:
     """Communication that shows beside a window of computation.
 
@@ -101,39 +104,35 @@ class Step:
         self.hsdp_shard = plan.hsdp_shard or gcd(plan.dp * plan.cp, max(1, cluster.gpus_per_domain // plan.tp))
         self.states: StateBytes = training.states(plan.precision)
         self.stages = pipeline_stages(self.graph, plan.pp, plan.vpp, plan.uneven_layers)
-        self._memory: tuple[StageMemory, ...] | None = None
 
     # -- memory ------------------------------------------------------------------------------------------------
 
     def memory(self) -> tuple[StageMemory, ...]:
         """Peak memory of every pipeline rank."""
-        if self._memory is None:
-            self._memory = self._stage_memory()
-        return self._memory
+        return tuple(self._rank_memory(stage) for stage in self.stages)
 
-    def _stage_memory(self) -> tuple[StageMemory, ...]:
-        return tuple(
-            stage_memory(
-                stage,
-                self.plan,
-                self.layout,
-                self.engine.impl,
-                self.states,
-                self.training.optimizer,
-                self.stack.costs.context.si,
-                self.hsdp_shard,
-            )
-            for stage in self.stages
+    def _rank_memory(self, stage: Stage) -> StageMemory:
+        return stage_memory(
+            stage,
+            self.plan,
+            self.layout,
+            self.engine.impl,
+            self.states,
+            self.training.optimizer,
+            self.stack.costs.context.si,
+            self.hsdp_shard,
         )
 
-    def peak_memory_bytes(self) -> float:
-        """Bytes of the rank that needs most."""
-        return max(stage.peak_bytes for stage in self.memory())
+    def first_overflow(self, usable_bytes: float) -> StageMemory | None:
+        """The first pipeline rank found that needs more than there is, or None where all fit.
 
-    def state_memory_bytes(self) -> float:
-        """Bytes of parameters, gradients, optimizer and context on the rank that needs most: no plan goes below."""
-        kinds = ("parameters", "gradients", "optimizer", "gathered", "context")
-        return max(sum(stage.by_kind[kind] for kind in kinds) for stage in self.memory())
+        The ends come first: the first rank holds most micro-batches, the last one the logits.
+        """
+        for stage in (self.stages[0], *self.stages[:0:-1]):
+            memory = self._rank_memory(stage)
+            if memory.peak_bytes > usable_bytes:
+                return memory
+        return None
 
     # -- one micro-batch on one rank -----------------------------------------------------------------------------
 
@@ -185,8 +184,7 @@ class Step:
         plan = self.plan
         experts = group_of(plan, "expert_dp")
         if plan.zero != "hsdp":
-            alone = Group(size=1)
-            return ("dp", dense, group_of(plan, "dp"), alone), ("expert_dp", expert, experts, alone)
+            return ("dp", dense, group_of(plan, "dp"), _ALONE), ("expert_dp", expert, experts, _ALONE)
         size = gcd(experts.size, shard_degrees(plan, self.hsdp_shard)[1])
         return (
             (

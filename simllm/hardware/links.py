@@ -20,6 +20,7 @@ __all__ = [
     "ALGORITHMS",
     "PROTOCOLS",
     "Curve",
+    "Extra",
     "Link",
     "Part",
     "Posting",
@@ -31,10 +32,10 @@ __all__ = [
     "load_link",
 ]
 
-Algorithm = Literal["ring", "tree", "nvls", "nvls_tree", "collnet", "pat", "hierarchical", "torus"]
+Algorithm = Literal["ring", "tree", "nvls", "nvls_tree", "collnet", "pat", "pxn", "hierarchical", "torus"]
 
 #: Algorithms that a link class may offer; point to point and all-to-all exist everywhere.
-ALGORITHMS: tuple[str, ...] = ("ring", "tree", "nvls", "nvls_tree", "collnet", "pat", "hierarchical", "torus")
+ALGORITHMS: tuple[str, ...] = ("ring", "tree", "nvls", "nvls_tree", "collnet", "pat", "pxn", "hierarchical", "torus")
 
 #: Ways to move a slot, from the cheapest step to the highest bandwidth (NCCL's names).
 PROTOCOLS: tuple[str, ...] = ("LL", "LL128", "Simple")
@@ -60,6 +61,13 @@ class Part(Figure, frozen=True):
 
 class SlotParts(Figure, frozen=True):
     """Slots (one rank's part of the buffer) that are copied besides those that travel; may be zero."""
+
+    dimension = "fraction"
+    minimum = 0.0
+
+
+class Extra(Figure, frozen=True):
+    """What comes on top, as a part of what it is added to; may be zero."""
 
     dimension = "fraction"
     minimum = 0.0
@@ -242,6 +250,10 @@ class Link(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         Broadcast along the ring; None for the figures of `ring`.
     tree : Curve or None
         Tree all-reduce across domains; of a scale-out link.
+    pat : Curve or None
+        Parallel aggregated trees, of a scale-out link; its inner step is the handling of one rank's part.
+    overlap : Figure or None
+        Of a scale-up link: the part by which kernels take longer while a collective runs beside them.
     switch : SwitchCurve or None
         In-switch reduction, where the switches of this class have it.
     pair : Curve or None
@@ -266,6 +278,7 @@ class Link(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     ring: Curve
     broadcast: Curve | None = None
     tree: Curve | None = None
+    pat: Curve | None = None
     switch: SwitchCurve | None = None
     all_to_all: Curve
     p2p: Curve
@@ -274,6 +287,7 @@ class Link(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     shared: bool = False
     rails: Count | None = None
     posting: Posting | None = None
+    overlap: Extra | None = None
 
     def __post_init__(self) -> None:
         if self.scope == "scale-up" and not self.algorithms:

@@ -227,7 +227,9 @@ def _near(link: Link, classes: Mapping[str, Link]) -> dict[str, float]:
 
 def _followed(link: Link, classes: Mapping[str, Link]) -> Link:
     """The class with the figures that its sources take from another class, or from its own rings."""
-    values = {}
+    values: dict[str, float] = {}
+    if link.like is None:
+        return link
     for path, figure in figures_of(link).items():
         if (match := _BY_CLASS.match(figure.source)) and match[1] in classes:
             near = figures_of(link if match[1] == link.name else classes[match[1]])

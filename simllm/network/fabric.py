@@ -129,6 +129,8 @@ def fabric(cluster: Cluster, group: Group) -> Fabric:
         When the group does not fit the cluster, or leaves its domain on a cluster without a scale-out network.
     """
     group.check_fits(cluster)
+    if cluster.scaleup_bandwidth <= 0 or cluster.scaleout_bandwidth_per_node == 0:
+        raise InputError(f"a link of cluster {cluster.name} has no bandwidth; every link needs more than 0 bytes/s")
     domain = spread(group.size, group.stride, cluster.gpus_per_domain)
     up = load_link(cluster.scaleup_link)
     out, cuts = _outside(cluster, group, domain, up)

@@ -35,8 +35,8 @@ def nvls(fabric: Fabric) -> tuple[Terms, ...]:
     >>> from simllm.network.fabric import fabric
     >>> from simllm.network.group import Group
     >>> terms = nvls(fabric(load_cluster("dgx-h100", 8), Group(size=8)))[0]
-    >>> terms.scaleup_bytes, round(2 * 7 / 8 / terms.s_per_byte / 1e9, -1)
-    (1.125, 480.0)
+    >>> terms.scaleup_bytes, 470 < 2 * 7 / 8 / terms.s_per_byte / 1e9 < 500
+    (1.125, True)
     """
     switch = fabric.up.switch
     if switch is None or fabric.out is not None or fabric.domain.least < switch.minimum_group.value:

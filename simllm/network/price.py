@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING
 
 from simllm.errors import InputError, UnsupportedError, unknown_name
 from simllm.network.alltoall import all_to_all
+from simllm.network.collnet import collnet
 from simllm.network.fabric import Fabric, fabric
 from simllm.network.group import Group
 from simllm.network.hierarchical import hierarchical, hierarchical_broadcast
 from simllm.network.nvls import nvls, nvls_tree
 from simllm.network.p2p import send_recv
+from simllm.network.pat import pat
 from simllm.network.posting import posting_s
+from simllm.network.pxn import pxn
 from simllm.network.ring import broadcast, ring
 from simllm.network.terms import Terms
 from simllm.network.torus import torus, torus_broadcast
@@ -44,11 +47,13 @@ _ALGORITHMS: dict[str, dict[str, _Algorithm]] = {
         "tree": tree,
         "nvls": nvls,
         "nvls_tree": nvls_tree,
+        "collnet": collnet,
         "hierarchical": lambda fabric: hierarchical(fabric, 2),
         "torus": lambda fabric: () if fabric.out else torus(fabric, 2),
     },
     "all_gather": {
         "ring": lambda fabric: ring(fabric, 1),
+        "pat": pat,
         "hierarchical": lambda fabric: hierarchical(fabric, 1),
         "torus": lambda fabric: () if fabric.out else torus(fabric, 1),
     },
@@ -57,7 +62,7 @@ _ALGORITHMS: dict[str, dict[str, _Algorithm]] = {
         "hierarchical": hierarchical_broadcast,
         "torus": lambda fabric: () if fabric.out else torus_broadcast(fabric),
     },
-    "all_to_all": {"pairwise": all_to_all},
+    "all_to_all": {"pairwise": all_to_all, "pxn": pxn},
     "send_recv": {"p2p": send_recv},
 }
 _ALGORITHMS["reduce_scatter"] = _ALGORITHMS["all_gather"]

@@ -243,9 +243,7 @@ class _Search:
                 if overflow is None:
                     if index + 1 < len(policies):
                         self.rejected[_RECOMPUTES] += len(policies) - index - 1
-                    self.found.append(
-                        Candidate(cluster=space.cluster, plan=step.plan, step_time_s=step.time().total_s)
-                    )
+                    self.found.append(Candidate(cluster=space.cluster, plan=step.plan, step_time_s=step.time().total_s))
                     break
                 states = overflow.state_bytes > usable
                 if states or index == len(policies) - 1:

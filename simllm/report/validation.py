@@ -17,7 +17,7 @@ from simllm.validation.runs import RunResult, ValidationReport
 
 __all__ = ["collective_validation_report", "validation_report"]
 
-_COLLECTIVE_GROUPS = ("regime", "collective", "gpu", "system")
+_COLLECTIVE_GROUPS = ("regime", "machine", "collective", "gpu", "system")
 _GROUPS = ("tier", "gpu", "framework", "stack")
 #: Reasons that a table names; the document has every row's.
 _REASONS_SHOWN = 12

@@ -61,6 +61,8 @@ class Measurement:
     group : Group
     size_bytes, time_s : float
         As nccl-tests prints them, out of place.
+    fitted : bool
+        Whether so much of the machine is known that the time tells about links.
     """
 
     operation: str
@@ -69,6 +71,7 @@ class Measurement:
     group: Group
     size_bytes: float
     time_s: float
+    fitted: bool = True
 
     def price(self) -> CollectiveCost:
         """The prediction."""
@@ -115,6 +118,7 @@ def measurement(row: Row, cluster: str | None = None) -> Measurement:
         group=placed.group,
         size_bytes=size,
         time_s=_measured_time(row, operation, placed.group.size, size),
+        fitted=placed.fitted,
     )
 
 

@@ -21,7 +21,7 @@ from simllm.validation.table import Row
 
 __all__ = ["NEEDED_COLUMNS", "REGIMES", "CollectiveReport", "CollectiveResult", "regime", "validate_collectives"]
 
-_GROUPS = ("regime", "system", "collective", "gpu")
+_GROUPS = ("regime", "machine", "system", "collective", "gpu")
 
 
 def regime(size_bytes: float) -> str:
@@ -50,6 +50,8 @@ class CollectiveResult:
     size_bytes : float or None
     regime : str
         One of `REGIMES`; "" if the size is not known.
+    machine : str
+        ``stated``, or ``assumed`` where the device or the network of the row is a guess that nothing supports.
     measured_time_s, predicted_time_s : float or None
     measured_busbw_bytes_per_s, predicted_busbw_bytes_per_s : float or None
     algorithm, protocol, bottleneck : str
@@ -68,6 +70,7 @@ class CollectiveResult:
     reason: str = ""
     size_bytes: float | None = None
     regime: str = ""
+    machine: str = ""
     measured_time_s: float | None = None
     predicted_time_s: float | None = None
     measured_busbw_bytes_per_s: float | None = None
@@ -106,7 +109,7 @@ class CollectiveReport:
     cross_validation: dict[str, Any] = field(default_factory=dict)
 
     def errors_by(self, group: str) -> dict[str, Score]:
-        """Errors by a property of the rows: ``regime``, ``system``, ``collective``, ``gpu``."""
+        """Errors by a property of the rows: ``regime``, ``machine``, ``system``, ``collective``, ``gpu``."""
         pairs = [
             (getattr(row, group) or "not stated", outcome) for row in self.rows if (outcome := row.outcome) is not None
         ]
@@ -184,6 +187,7 @@ def _result(number: int, row: Row, cluster: str | None) -> CollectiveResult:
     return CollectiveResult(
         **told,
         status="ok",
+        machine="stated" if asked.fitted else "assumed",
         predicted_time_s=cost.time_s,
         measured_busbw_bytes_per_s=asked.size_bytes / asked.time_s * factor,
         predicted_busbw_bytes_per_s=cost.busbw,

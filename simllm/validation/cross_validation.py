@@ -26,6 +26,7 @@ class _Point:
 
     regime: str
     class_seen: bool
+    stated: bool
     outcome: Outcome
 
 
@@ -46,8 +47,8 @@ def cross_validate(
     Returns
     -------
     dict
-        For ``sweeps`` and ``systems``: errors overall, by regime, and of points over link classes that nothing else
-        was fitted to.
+        For ``sweeps`` and ``systems``: errors overall, by regime, by regime without machines that are only guessed at,
+        and of points over link classes that nothing else was fitted to.
 
     Raises
     ------
@@ -74,6 +75,9 @@ def _scores(predictions: Sequence[Prediction]) -> dict[str, Score]:
     by_regime = score_by(points, lambda point: point.regime, lambda point: point.outcome)
     scores = {"all": score(point.outcome for point in points)}
     scores |= {name: by_regime[name] for name, *_ in REGIMES if name in by_regime}
+    if not all(point.stated for point in points):
+        stated = score_by((p for p in points if p.stated), lambda point: point.regime, lambda point: point.outcome)
+        scores |= {f"{name}, machine stated": stated[name] for name, *_ in REGIMES if name in stated}
     unseen = [point.outcome for point in points if not point.class_seen]
     return scores | ({"no other sweep over such links": score(unseen)} if unseen else {})
 
@@ -84,6 +88,7 @@ def _points(number: int, found: Prediction) -> list[_Point]:
         _Point(
             regime=regime(size),
             class_seen=found.class_seen,
+            stated=sweep.fitted,
             outcome=Outcome(key=f"{number}/{index}", predicted=predicted, measured=measured),
         )
         for index, (size, measured, predicted) in enumerate(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -33,8 +33,6 @@ __all__ = [
     "error_summary",
     "fit_links",
     "measured_sweeps",
-    "tells",
-    "with_figures",
 ]
 
 
@@ -199,7 +197,7 @@ def _sweep(key: tuple[Any, ...], system: str, points: list[Measurement]) -> Swee
         algorithm=first.algorithm,
         sizes_bytes=tuple(point.size_bytes for point in points),
         times_s=tuple(point.time_s for point in points),
-        fitted=True,
+        fitted=all(point.fitted for point in points),
     )
 
 
@@ -256,7 +254,8 @@ def _fit(link: Link, sweeps: Sequence[Sweep], source: str) -> LinkFit:
         )
     # What the measurements leave open stays near the catalog's figures of this class, not near those of its kin.
     own = {link.like: link} if link.like else {}
-    values = figures_of(calibrate(link, sweeps, paths, classes=own).link)
+    told = [sweep for sweep in sweeps if sweep.fitted] or [replace(sweep, fitted=True) for sweep in sweeps]
+    values = figures_of(calibrate(link, told, paths, classes=own).link)
     said = f"{FIT} to {source}, {points} points"
     fitted = with_figures(
         link, {path: msgspec.structs.replace(values[path], source=said, basis="measured", note=None) for path in paths}

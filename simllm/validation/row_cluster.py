@@ -43,11 +43,14 @@ class Placed:
     group : Group
     assumptions : tuple of str
         What the row does not state.
+    fitted : bool
+        Whether so much of the machine is known that its times tell about links.
     """
 
     cluster: Cluster
     group: Group
     assumptions: tuple[str, ...]
+    fitted: bool = True
 
 
 def row_cluster(row: Row, cluster: str | None = None) -> Placed:
@@ -151,9 +154,12 @@ def place(
         assumed.append(f"{ranks} ranks do not spread evenly over {nodes} nodes of {per_node}: they fill nodes in order")
     elif nodes > 1:
         stride = per_node // used
-    one_process = False
+    one_process, fitted = False, True
     if cluster is None and (known := published_systems().get(system)) is not None:
         one_process = known.one_process
+        fitted = known.device_stated and (known.network_stated or nodes == 1)
+        if not known.network_stated and nodes > 1:
+            assumed.append(f"the network of {system} is not stated: that of {found.name}")
         if known.peer_access and known.staged_link and ranks > known.peer_access.value:
             found = replace(found, scaleup_link=known.staged_link)
             assumed.append(f"groups of more than {known.peer_access.value} GPUs are staged in host memory")
@@ -161,7 +167,7 @@ def place(
         assumed.append("one process drives all devices of a node")
     driven = ranks_per_process or (max(used, 1) if one_process else 1)
     group = Group(size=ranks, stride=stride, ranks_per_process=driven)
-    return Placed(cluster=found, group=group, assumptions=tuple(assumed))
+    return Placed(cluster=found, group=group, assumptions=tuple(assumed), fitted=fitted)
 
 
 def _machine(system: str, gpu: str, stated: Machine, assumed: list[str]) -> Machine:

@@ -96,7 +96,14 @@ def test_validate_collectives_table(cli) -> None:
     result = cli("validate", "collectives", str(TABLE))
     assert (result.status, result.err) == (0, "")
     assert narrow(result.out)
-    for words in ("time, overall", "64 MB and more", "64 KB to 64 MB", "below 64 KB", "ABCI 2.0", "unsupported because"):
+    for words in (
+        "time, overall",
+        "64 MB and more",
+        "64 KB to 64 MB",
+        "below 64 KB",
+        "ABCI 2.0",
+        "unsupported because",
+    ):
         assert words in result.out
 
 

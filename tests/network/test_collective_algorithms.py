@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -11,14 +12,18 @@ from simllm.errors import InputError, UnsupportedError
 from simllm.hardware.cluster import load_cluster
 from simllm.hardware.figures import Bytes, BytesPerSecond, Count
 from simllm.hardware.links import Curve, Link, Part, Posting, Protocol, Seconds, SlotParts, SwitchCurve
+from simllm.hardware.profiles import check_profile, load_profile_file, profiles_dir
 from simllm.network import Group, price
 from simllm.network.alltoall import all_to_all
+from simllm.network.collnet import collnet
 from simllm.network.fabric import Cut, Fabric, fabric
 from simllm.network.group import Spread, spread
 from simllm.network.hierarchical import hierarchical, hierarchical_broadcast
 from simllm.network.nvls import nvls, nvls_tree
 from simllm.network.p2p import send_recv
+from simllm.network.pat import pat
 from simllm.network.posting import posting_s
+from simllm.network.pxn import pxn
 from simllm.network.ring import broadcast, ring
 from simllm.network.terms import Terms
 from simllm.network.torus import grid, torus
@@ -327,3 +332,103 @@ def test_forced_algorithm_is_used() -> None:
     assert price("all_reduce", 2**33, cluster, Group(size=8)).algorithm == "nvls"
     assert price("all_reduce", 2**33, cluster, Group(size=8), "ring").algorithm == "ring"
     assert price("all_reduce", 2**33, cluster, Group(size=16), "hierarchical").algorithm == "hierarchical"
+
+
+def test_groups_of_listed_ranks() -> None:
+    assert Group.of([24, 8, 0, 16]) == Group(size=4, stride=8)
+    assert Group.of([5]) == Group(size=1)
+    assert Group.of(range(8)) == Group(size=8)
+    for ranks, said in (
+        ([0, 1, 1], "rank 1 is listed twice in the group"),
+        ([], "a group of no ranks"),
+        ([0, 1, 4], r"not at equal distances \(1, 3\)"),
+        ([-1, 0], "rank -1 is not a whole number"),
+        ([0.5, 1.5], "rank 0.5 is not a whole number"),
+        ([True, 2], "rank True is not a whole number"),
+    ):
+        with pytest.raises(InputError, match=said):
+            Group.of(ranks)  # type: ignore[arg-type]
+
+
+def test_collnet() -> None:
+    # 4 domains of 8, SHARP on a wire without loss: S over 8 NICs of 10 GB/s, however many domains there are.
+    out = msgspec.structs.replace(
+        OUT,
+        switch=SwitchCurve(
+            efficiency=_part(1),
+            launch=_us(20),
+            ramp=_us(0),
+            minimum_group=Count(value=2, unit="count", source="test", basis="assumed"),
+        ),
+    )
+    for domains in (2, 4, 16):
+        (terms,) = collnet(replace(view(8 * domains, domains), out=out))
+        assert terms.s_per_byte == pytest.approx(max(1 / 80e9, 1.125 / 50e9))
+        assert terms.latency_s == pytest.approx(50e-6)
+        assert terms.scaleout_bytes == 1 / 8
+    plain = msgspec.structs.replace(UP, switch=None, algorithms=("ring",))
+    # Without a switch inside: scatter and gather over the links, 14 steps.
+    (terms,) = collnet(replace(view(32, 4), out=out, up=plain))
+    assert terms.latency_s == pytest.approx((10 + 20 + 14) * 1e-6)
+    assert terms.s_per_byte == pytest.approx(1.75 / 50e9)
+    assert collnet(view(32, 4)) == ()
+    cluster = load_cluster("dgx-h100", 256)
+    forced = price("all_reduce", 2**33, cluster, Group(size=256), "collnet")
+    # Published with SHARP: 450 to 480 GB/s of bus bandwidth, where rings and trees reach 380; the price is optimistic.
+    assert 450e9 < forced.busbw < 560e9
+    assert price("all_reduce", 2**33, cluster, Group(size=256)).algorithm == "nvls_tree"
+
+
+def test_pat() -> None:
+    out = msgspec.structs.replace(OUT, pat=msgspec.structs.replace(_curve(0.5, 8, 4), inner_step=_us(3)))
+    # 8 ranks, one a domain: 3 rounds of 4 us and 8 parts of 3 us; 7/8 over 5 GB/s.
+    (terms,) = pat(replace(view(8, 8), out=out))
+    assert terms.latency_s == pytest.approx((8 + 12 + 24) * 1e-6)
+    assert terms.s_per_byte == pytest.approx(0.875 / 5e9)
+    assert pat(replace(view(16, 2), out=out)) == ()
+    assert pat(view(8, 8)) == ()
+
+
+def test_pxn() -> None:
+    # 2 domains of 8: half leaves, 7/16 stays, 7/8 of what leaves changes rails first; 2 * 7 and 1 messages.
+    terms = simple(pxn(view(16, 2)))
+    assert terms.scaleup_bytes == pytest.approx(7 / 16 + 0.5 * 7 / 8)
+    assert terms.scaleout_bytes == 0.5
+    assert terms.latency_s == pytest.approx((10 + 5 + 14 + 10) * 1e-6)
+    assert terms.s_per_byte == pytest.approx(0.5 / 10e9)
+    assert pxn(view(8, 1)) == ()
+    assert pxn(view(8, 8)) == ()
+    many = price("all_to_all", 2**20, load_cluster("dgx-h100", 256), Group(size=256))
+    assert many.algorithm == "pxn"
+
+
+def test_link_profiles_that_cannot_be(tmp_path: Path) -> None:
+    good = (profiles_dir() / "links" / "dcn.yaml").read_text(encoding="utf-8")
+    for old, new, said in (
+        ("value: 10, unit: us,", "value: 10,", "the key `unit` is missing"),
+        ("unit: us", "unit: GB/s", "measures bytes/s, but time is wanted"),
+        ("unit: us", "unit: parsec", "unknown unit 'parsec'"),
+        ("value: 0.8", "value: 1.2", "no message is faster than the wire"),
+        ("value: 0.8", "value: 0", "value 0 must be above zero"),
+        ("scope: scale-out", "scope: scale-up", "a scale-up link names the algorithms"),
+        ("scope: scale-out", "scope: scale-out\nshared: true", "belong to the scale-up link"),
+    ):
+        path = tmp_path / "link.yaml"
+        assert old in good
+        path.write_text(good.replace(old, new, 1), encoding="utf-8")
+        with pytest.raises(InputError, match=said):
+            load_profile_file(path, Link)
+
+
+def test_a_class_like_no_other(tmp_path: Path) -> None:
+    good = (profiles_dir() / "links" / "efa.yaml").read_text(encoding="utf-8")
+    path = tmp_path / "efa.yaml"
+    path.write_text(good.replace("like: roce", "like: carrier-pigeon"), encoding="utf-8")
+    assert "no link class 'carrier-pigeon'" in check_profile(path)[0]
+
+
+def test_wires_without_bandwidth() -> None:
+    cluster = load_cluster("dgx-h100", 16)
+    for change in ({"scaleup_bandwidth": 0.0}, {"scaleout_bandwidth_per_node": 0.0}):
+        with pytest.raises(InputError, match="has no bandwidth"):
+            price("all_reduce", 1e6, replace(cluster, **change), Group(size=16))

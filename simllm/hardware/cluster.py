@@ -11,6 +11,7 @@ from simllm.hardware.accelerator import Accelerator, load_accelerator
 from simllm.hardware.assembly import Cluster, assemble, require_count
 from simllm.hardware.fabric import FatTree, Mesh, ScaleUpFabric, load_fabric
 from simllm.hardware.figures import BytesPerSecond
+from simllm.hardware.links import link_beside
 from simllm.hardware.profiles import (
     figures_of,
     find_profile,
@@ -60,10 +61,10 @@ def load_cluster(name_or_path: str | Path, num_gpus: int) -> Cluster:
         num_gpus=num_gpus,
         gpus_per_node=int(system.node.gpus.value),
         domain_gpus=int(scaleup.domain_gpus.value),
-        scaleup_link=scaleup.link,
+        scaleup_link=link_beside(scaleup.link, path.parent),
         scaleup_bandwidth=scaleup.bandwidth.si,
         scaleup_fabric=_scaleup_fabric(scaleup.fabric, path.parent),
-        scaleout_link=scaleout.link if scaleout else None,
+        scaleout_link=link_beside(scaleout.link, path.parent) if scaleout else None,
         scaleout_bandwidth_per_node=scaleout.bandwidth.si if scaleout else None,
         scaleout_fabric=_scaleout_fabric(scaleout.fabric, path.parent) if scaleout else None,
         nics_per_node=int(system.node.nics.value) if system.node.nics else None,

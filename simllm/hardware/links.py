@@ -14,7 +14,7 @@ from typing import Any, Literal
 import msgspec
 
 from simllm.hardware.figures import Bytes, BytesPerSecond, Count, Figure
-from simllm.hardware.profiles import find_profile, list_profiles, load_profile, load_profile_file, register_kind
+from simllm.hardware.profiles import list_profiles, load_profile, load_profile_file, profile_file, register_kind
 
 __all__ = [
     "ALGORITHMS",
@@ -28,6 +28,7 @@ __all__ = [
     "Seconds",
     "SlotParts",
     "SwitchCurve",
+    "link_beside",
     "list_links",
     "load_link",
 ]
@@ -312,7 +313,7 @@ def list_links() -> tuple[str, ...]:
 
 @lru_cache(maxsize=256)
 def load_link(name: str) -> Link:
-    """A link class by name or alias.
+    """A link class by name or alias, or from a YAML file of one's own, as `simllm calibrate collectives` writes it.
 
     Examples
     --------
@@ -320,7 +321,12 @@ def load_link(name: str) -> Link:
     >>> link.scope, link.switch.minimum_group.value
     ('scale-up', 5)
     """
-    return load_profile_file(find_profile("links", name, "link class"), Link)
+    return load_profile_file(profile_file("links", name, "link class"), Link)
+
+
+def link_beside(name: str, folder: Path) -> str:
+    """A link class as a profile in ``folder`` names it: a path of one's own file is relative to that folder."""
+    return str(folder / name) if name.lower().endswith((".yaml", ".yml")) else name
 
 
 def _check(path: Path, data: dict[str, Any]) -> list[str]:

@@ -11,7 +11,8 @@ from simllm.errors import InputError
 from simllm.hardware.accelerator import load_accelerator
 from simllm.hardware.fabric import FatTree, load_fabric
 from simllm.hardware.figures import BytesPerSecond, Count
-from simllm.hardware.profiles import list_profiles, load_profile, register_kind
+from simllm.hardware.links import link_beside, load_link
+from simllm.hardware.profiles import load_profile, register_kind
 
 __all__ = ["SystemProfile"]
 
@@ -88,8 +89,10 @@ def _check(path: Path, data: dict[str, Any]) -> list[str]:
                 problems.append(f"{path}: {key}.fabric: {part.fabric} joins {'devices' if leaves else 'nodes'}")
         except InputError as error:
             problems.append(f"{path}: {key}.fabric: {error}")
-        if part.link not in list_profiles("links"):
-            problems.append(f"{path}: {key}.link: {part.link!r} is not in the catalog of links")
+        try:
+            load_link(link_beside(part.link, path.parent))
+        except InputError as error:
+            problems.append(f"{path}: {key}.link: {error}")
     node = system.node
     if system.scaleout and node.nics and node.nic_bandwidth:
         total = node.nics.si * node.nic_bandwidth.si

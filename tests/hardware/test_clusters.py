@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from simllm.errors import InputError
 from simllm.hardware import check_profile, list_profiles, load_accelerator, load_cluster, make_cluster
 from simllm.hardware.fabric import load_fabric
+from simllm.hardware.links import load_link
+from simllm.hardware.profiles import profiles_dir
 
 
 def test_a_cluster_of_ones_own(lab: Path) -> None:
@@ -272,3 +274,16 @@ def test_a_card_without_links_needs_a_description(lab: Path) -> None:
 )
 def test_slices_have_the_published_shapes(fabric: str, chips: int, shape: tuple[int, ...]) -> None:
     assert load_fabric(fabric).slice_shape(chips) == shape  # type: ignore[union-attr]
+
+
+def test_a_link_of_ones_own_is_found_beside_the_system(tmp_path: Path) -> None:
+    profiles = profiles_dir()
+    link = (profiles / "links" / "infiniband.yaml").read_text(encoding="utf-8")
+    (tmp_path / "my-net.yaml").write_text(link.replace("name: infiniband", "name: my-net"), encoding="utf-8")
+    system = (profiles / "systems" / "dgx-h100.yaml").read_text(encoding="utf-8")
+    (tmp_path / "mine.yaml").write_text(system.replace("link: infiniband", "link: my-net.yaml"), encoding="utf-8")
+    cluster = load_cluster(tmp_path / "mine.yaml", 64)
+    assert load_link(cluster.scaleout_link).name == "my-net"
+    assert check_profile(tmp_path / "mine.yaml") == []
+    (tmp_path / "mine.yaml").write_text(system.replace("link: infiniband", "link: gone.yaml"), encoding="utf-8")
+    assert any("gone.yaml does not exist" in problem for problem in check_profile(tmp_path / "mine.yaml"))

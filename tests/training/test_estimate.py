@@ -356,3 +356,15 @@ def test_gradients_are_added_by_kernels_of_their_own_unless_fused() -> None:
     assert added == pytest.approx(3 * 6 * model.parameters.total / (0.8 * 2.039e12), rel=0.01)
     assert elementwise(plain.software, 1) == elementwise(fused, 1)
     assert elementwise(plain.software, 4, "3") == elementwise(fused, 4, "3")
+
+
+def test_overflow_on_any_rank_is_found() -> None:
+    from simllm.training.step import Step
+
+    # One micro-batch, so that no rank holds more of them than another.
+    plan = Plan(pp=8, dp=64, global_batch_size=64, recompute=Recompute(kind="full"))
+    step = Step(LLAMA, Cluster.load("dgx-h100", 512), plan, TRAINING)
+    peaks = [stage.peak_bytes for stage in step.memory()]
+    assert peaks.index(max(peaks)) != 0  # the logits make the last rank the fullest
+    for usable in (*peaks, max(peaks) - 1, min(peaks) - 1):
+        assert (step.first_overflow(usable) is None) == (max(peaks) <= usable)

@@ -6,9 +6,11 @@ and their gradients), or the first layer of a backward pass (a recomputed layer 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 
+from simllm.elementwise import Real, larger
 from simllm.models.activations import Recompute, saved_bytes
 from simllm.models.graph import Graph, Implementation, Layout
 from simllm.parallel.plan import Plan
@@ -16,7 +18,19 @@ from simllm.parallel.schedules import in_flight_chunks
 from simllm.parallel.stages import Stage, block_weights, stage_moments, stage_weights
 from simllm.parallel.states import StateBytes
 
-__all__ = ["MEMORY_KINDS", "StageMemory", "shard_degrees", "stage_memory"]
+__all__ = [
+    "MEMORY_KINDS",
+    "StageMemory",
+    "activation_bytes",
+    "heads_in_flight",
+    "kept_bytes",
+    "layer_peak_bytes",
+    "loss_peak_bytes",
+    "shard_degrees",
+    "stage_memory",
+    "state_memory",
+    "working_bytes",
+]
 
 MEMORY_KINDS = ("parameters", "gradients", "optimizer", "activations", "working", "gathered", "context")
 
@@ -82,34 +96,72 @@ def gradient_workspace(graph: Graph, layout: Layout, impl: Implementation) -> fl
     )
 
 
-@dataclass(frozen=True, slots=True)
-class StageActivations:
-    """Bytes that one micro-batch keeps on a rank, those of the head apart, and what is at work at the peak."""
-
-    per_micro_batch: float
-    head: float
-    working: float
-    moment: str
+def layer_peak_bytes(graph: Graph, layout: Layout, impl: Implementation, policy: Recompute) -> float:
+    """Bytes at work in the backward pass of a layer: what was recomputed, and the gradients around one operator."""
+    again = saved_bytes(graph, layout, impl) - saved_bytes(graph, layout, impl, policy)
+    return again + gradient_workspace(graph, layout, impl)
 
 
-@lru_cache(maxsize=1 << 16)
-def stage_activations(stage: Stage, layout: Layout, impl: Implementation, policy: Recompute) -> StageActivations:
-    """What the blocks of a rank keep from forward to backward for one micro-batch."""
-    kept = sum(times * kept_bytes(graph, layout, impl, policy) for graph, times in stage.layers)
-    head, working, moment = 0.0, 0.0, "backward of the first layer"
-    for graph, _ in stage.layers:
-        again = saved_bytes(graph, layout, impl) - saved_bytes(graph, layout, impl, policy)
-        working = max(working, again + gradient_workspace(graph, layout, impl))
-    for graph in stage.extras:
-        saved = saved_bytes(graph, layout, impl)
-        if not (stage.last and graph is stage.extras[-1]):
-            kept += saved
-            continue
-        head = saved
-        loss = saved + gradient_workspace(graph, layout, impl) - _logits_bytes(graph, layout, impl)
-        if loss > working:
-            working, moment = loss, "loss"
-    return StageActivations(kept, head, working, moment)
+def loss_peak_bytes(graph: Graph, layout: Layout, impl: Implementation) -> float:
+    """Bytes at work in the loss: what the head keeps, and gradients around one operator."""
+    logits = _logits_bytes(graph, layout, impl)
+    return saved_bytes(graph, layout, impl) + gradient_workspace(graph, layout, impl) - logits
+
+
+def activation_bytes(stage: Stage, kept: Callable[[Graph, bool], Real], in_flight: Real, heads_in_flight: Real) -> Real:
+    """Bytes kept for the backward pass on a rank.
+
+    Parameters
+    ----------
+    stage : Stage
+    kept : callable
+        ``(graph, whether it is a layer) -> bytes`` that a block keeps for one micro-batch.
+    in_flight : float
+        Micro-batches whose activations the rank holds.
+    heads_in_flight : float
+        Those whose head's activations it holds beside the ones at work.
+    """
+    head = stage.extras[-1] if stage.last else None
+    total = sum((kept(graph, True) * times for graph, times in stage.layers), start=0.0)
+    total = total + sum((kept(graph, False) for graph in stage.extras if graph is not head), start=0.0)
+    held = total * in_flight
+    return held if head is None else held + kept(head, False) * heads_in_flight
+
+
+def working_bytes(
+    stage: Stage, layer_peak: Callable[[Graph], Real], loss_peak: Callable[[Graph], Real]
+) -> Real | float:
+    """Bytes at work at the peak of a rank: the largest layer's backward pass or, on the last rank, the loss."""
+    peaks = [layer_peak(graph) for graph, _ in stage.layers]
+    if stage.last:
+        peaks.append(loss_peak(stage.extras[-1]))
+    return reduce(larger, peaks) if peaks else 0.0
+
+
+def state_memory(
+    stage: Stage, plan: Plan, layout: Layout, states: StateBytes, optimizer: str, hsdp_shard: int = 1
+) -> dict[str, float]:
+    """Bytes of a rank that depend neither on its micro-batches nor on recomputation, by kind."""
+    weights = stage_weights(stage, layout, plan.pp)
+    moments = stage_moments(stage, layout, plan.pp, optimizer, states.moment_element)
+    degrees = shard_degrees(plan, hsdp_shard)
+
+    def kept(of: tuple[float, float], per_parameter: float, sharded: bool) -> float:
+        by = degrees if sharded else (1, 1)
+        return per_parameter * (of[0] / by[0] + of[1] / by[1])
+
+    full = plan.shards_parameters
+    return {
+        "parameters": kept(weights, states.parameter, full),
+        "gradients": kept(weights, states.gradient, full or plan.zero == "2"),
+        "optimizer": kept(weights, states.master, plan.zero != "0") + kept(moments, 1, plan.zero != "0"),
+        "gathered": _gathered_bytes(stage, layout, states) if full else 0.0,
+    }
+
+
+def heads_in_flight(schedule: str, chunks: int) -> int:
+    """Micro-batches whose head keeps its tensors beside those at work: none, except where all forwards come first."""
+    return chunks - 1 if schedule == "gpipe" else 0
 
 
 def stage_memory(
@@ -142,32 +194,30 @@ def stage_memory(
     -------
     StageMemory
     """
-    weights = stage_weights(stage, layout, plan.pp)
-    moments = stage_moments(stage, layout, plan.pp, optimizer, states.moment_element)
-    degrees = shard_degrees(plan, hsdp_shard)
-
-    def kept(of: tuple[float, float], per_parameter: float, sharded: bool) -> float:
-        by = degrees if sharded else (1, 1)
-        return per_parameter * (of[0] / by[0] + of[1] / by[1])
-
-    full = plan.shards_parameters
-    by_kind = {
-        "parameters": kept(weights, states.parameter, full),
-        "gradients": kept(weights, states.gradient, full or plan.zero == "2"),
-        "optimizer": kept(weights, states.master, plan.zero != "0") + kept(moments, 1, plan.zero != "0"),
-    }
     chunks = in_flight_chunks(plan.schedule, plan.pp, plan.num_micro_batches, stage.rank, plan.vpp)
     in_flight = chunks / plan.vpp
-    use = stage_activations(stage, layout, impl, plan.recompute)
-    # The head keeps its tensors for one micro-batch at a time, except where all forwards come first.
-    heads = chunks - 1 if plan.schedule == "gpipe" else 0
-    by_kind |= {
-        "activations": use.per_micro_batch * in_flight + use.head * heads,
-        "working": use.working,
-        "gathered": _gathered_bytes(stage, layout, states) if full else 0.0,
+    policy = plan.recompute
+
+    def kept(graph: Graph, is_layer: bool) -> float:
+        return kept_bytes(graph, layout, impl, policy) if is_layer else saved_bytes(graph, layout, impl)
+
+    def layer_peak(graph: Graph) -> float:
+        return layer_peak_bytes(graph, layout, impl, policy)
+
+    def loss_peak(graph: Graph) -> float:
+        return loss_peak_bytes(graph, layout, impl)
+
+    working = working_bytes(stage, layer_peak, loss_peak)
+    at_loss = stage.last and all(layer_peak(graph) < working for graph, _ in stage.layers)
+    fixed = state_memory(stage, plan, layout, states, optimizer, hsdp_shard)
+    by_kind = {kind: fixed[kind] for kind in ("parameters", "gradients", "optimizer")} | {
+        "activations": activation_bytes(stage, kept, in_flight, heads_in_flight(plan.schedule, chunks)),
+        "working": working,
+        "gathered": fixed["gathered"],
         "context": context_bytes,
     }
-    return StageMemory(rank=stage.rank, by_kind=by_kind, in_flight=in_flight, moment=use.moment)
+    moment = "loss" if at_loss else "backward of the first layer"
+    return StageMemory(rank=stage.rank, by_kind=by_kind, in_flight=in_flight, moment=moment)
 
 
 def _logits_bytes(graph: Graph, layout: Layout, impl: Implementation) -> float:
@@ -177,6 +227,6 @@ def _logits_bytes(graph: Graph, layout: Layout, impl: Implementation) -> float:
 
 def _gathered_bytes(stage: Stage, layout: Layout, states: StateBytes) -> float:
     """Full sharding: the layer at work, the one fetched ahead, one layer's gradient, and what is outside the layers."""
-    largest = max(sum(block_weights(graph, layout)) for graph, _ in stage.layers)
+    largest = max((sum(block_weights(graph, layout)) for graph, _ in stage.layers), default=0)
     outside = sum(sum(block_weights(graph, layout)) for graph in stage.extras)
     return states.gathered * (3 * largest + outside)

@@ -11,9 +11,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from simllm.elementwise import Real
 from simllm.errors import InputError, unknown_name
 
-__all__ = ["Action", "Timeline", "in_flight_chunks", "pipeline_time", "schedule_actions", "simulate"]
+__all__ = [
+    "Action",
+    "Timeline",
+    "in_flight_chunks",
+    "pipeline_bubble",
+    "pipeline_time",
+    "schedule_actions",
+    "simulate",
+]
 
 
 class Action(NamedTuple):
@@ -178,7 +187,19 @@ def pipeline_time(stage_s: Sequence[float], num_micro_batches: int, vpp: int = 1
     (33.0, 28.5)
     """
     slowest = max(stage_s)
-    return num_micro_batches * slowest + (sum(stage_s) - slowest) / vpp
+    return num_micro_batches * slowest + pipeline_bubble(slowest, sum(stage_s), vpp)
+
+
+def pipeline_bubble(slowest_s: Real, all_s: Real, vpp: int = 1) -> Real:
+    """Seconds that the slowest rank waits while the pipeline fills and drains (see `pipeline_time`).
+
+    Parameters
+    ----------
+    slowest_s, all_s : float or array
+        One micro-batch on the slowest rank, and on all ranks one after the other.
+    vpp : int
+    """
+    return (all_s - slowest_s) / vpp
 
 
 def in_flight_chunks(schedule: str, pp: int, num_micro_batches: int, rank: int, vpp: int = 1) -> int:

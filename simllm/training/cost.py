@@ -48,8 +48,7 @@ class Cost:
             self.recompute + other.recompute,
         )
 
-    def scaled(self, factor: float) -> Cost:
-        """Every cause times a factor."""
+    def __mul__(self, factor: float) -> Cost:
         return Cost(
             self.matmul * factor,
             self.attention * factor,

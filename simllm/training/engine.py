@@ -19,6 +19,7 @@ from simllm.models.operators import Combine, Dispatch
 from simllm.models.work import AttentionWork, Gemm, GroupedGemm, Work
 from simllm.network import Group, price
 from simllm.parallel.communication import Collective, block_collectives
+from simllm.training.composition import exposed
 from simllm.training.cost import Cost
 
 __all__ = ["BlockCost", "BlockGroups", "Engine", "implementation_of"]
@@ -185,7 +186,7 @@ class Engine:
                 ring += seconds
             else:
                 expert += seconds * overlap.expert_parallel_exposed.si
-        visible = max(0.0, ring - attention_s) + overlap.context_parallel_exposed.si * min(ring, attention_s)
+        visible = exposed(ring, attention_s, overlap.context_parallel_exposed.si)
         return Cost(tensor_parallel=tensor, expert_parallel=expert, context_parallel=visible)
 
     # -- blocks ------------------------------------------------------------------------------------------------

@@ -16,28 +16,26 @@ from simllm.network import Group, price
 from simllm.parallel.memory import StageMemory, shard_degrees, stage_memory
 from simllm.parallel.placement import group_of
 from simllm.parallel.plan import Plan
-from simllm.parallel.schedules import pipeline_time
+from simllm.parallel.schedules import pipeline_bubble
 from simllm.parallel.stages import Stage, block_weights, pipeline_stages, stage_moments, stage_weights
 from simllm.parallel.states import StateBytes
+from simllm.training.composition import (
+    accumulation_s,
+    data_parallel_s,
+    over_blocks,
+    pipeline_transfers_s,
+    sharded_exposure,
+    step_s,
+    update_bytes,
+)
 from simllm.training.cost import Cost
 from simllm.training.engine import BlockGroups, Engine
 from simllm.training.run import Training
 
-__all__ = ["Exchange", "StageTime", "Step", "StepTime", "engine_for", "exposed"]
+__all__ = ["Exchange", "StageTime", "Step", "StepTime", "engine_for"]
 
 
 _ALONE = Group(size=1)
-
-
-def exposed(communication_s: float, window_s: float, share: float) -> float:
-    """Communication that shows beside a window of computation.
-
-    What does not fit into the window shows, and of the rest the share that the software leaves visible.
-
-    >>> exposed(3.0, 2.0, 0.5), exposed(1.0, 2.0, 0.0), exposed(1.0, 2.0, 1.0)
-    (2.0, 0.0, 1.0)
-    """
-    return max(0.0, communication_s - window_s) + share * min(communication_s, window_s)
 
 
 @lru_cache(maxsize=64)
@@ -139,21 +137,22 @@ class Step:
     def _block(self, graph: Graph, is_layer: bool) -> tuple[Cost, Cost]:
         cost = self.engine.block(graph, self.layout, self.groups, self.plan.recompute, is_layer)
         if not self.plan.shards_parameters:
-            return cost.forward, cost.backward + Cost(elementwise=self._accumulation_s(graph))
-        weights = block_weights(graph, self.layout)
-        gather, reduce = self.exchange_s(self.gathers(*weights)), self.exchange_s(self.reductions(*weights))
+            added = accumulation_s(self.accumulation_stream_s(graph), self.plan.num_micro_batches)
+            return cost.forward, cost.backward + Cost(elementwise=added)
+        gather, reduce = self.block_traffic_s(graph)
         share = self.stack.overlap.fully_sharded_exposed.si
-        forward = exposed(gather, cost.forward.total, share)
-        backward = exposed(gather + reduce, cost.backward.total, share)
-        return cost.forward + Cost(data_parallel=forward), cost.backward + Cost(data_parallel=backward)
+        ahead, behind = sharded_exposure(gather, reduce, cost.forward.total, cost.backward.total, share)
+        return cost.forward + Cost(data_parallel=ahead), cost.backward + Cost(data_parallel=behind)
 
-    def _accumulation_s(self, graph: Graph) -> float:
-        """Adding a micro-batch's gradients to those before, a mean over the step: the first one is only stored."""
+    def accumulation_stream_s(self, graph: Graph) -> float:
+        """Seconds to add one micro-batch's gradients of a block to those before."""
         traffic = self.stack.costs.gradient_accumulation.si
-        m = self.plan.num_micro_batches
-        if not traffic or m == 1:
-            return 0.0
-        return self.engine.stream_s(sum(block_weights(graph, self.layout)) * traffic) * (m - 1) / m
+        return self.engine.stream_s(sum(block_weights(graph, self.layout)) * traffic) if traffic else 0.0
+
+    def block_traffic_s(self, graph: Graph) -> tuple[float, float]:
+        """Seconds to gather the parameters of one block, and to reduce its gradients."""
+        weights = block_weights(graph, self.layout)
+        return self.exchange_s(self.gathers(*weights)), self.exchange_s(self.reductions(*weights))
 
     # -- data-parallel traffic -----------------------------------------------------------------------------------
 
@@ -220,21 +219,19 @@ class Step:
         """
         return 0 if self.plan.pp == 1 else 2 * self.plan.vpp - stage.first - stage.last
 
+    def transfer_s(self) -> float:
+        """Seconds of one transfer of a micro-batch between neighbouring stages."""
+        return self.exchange_s([self.p2p()]) if self.plan.pp > 1 else 0.0
+
     def stage_time(self, stage: Stage) -> StageTime:
         """One micro-batch on one pipeline rank."""
-        forward, backward = Cost(), Cost()
-        for graph, times in stage.layers:
-            ahead, behind = self._block(graph, True)
-            forward += ahead.scaled(times)
-            backward += behind.scaled(times)
-        for graph in stage.extras:
-            ahead, behind = self._block(graph, False)
-            forward += ahead
-            backward += behind
-        if self.plan.pp == 1:
-            return StageTime(forward, backward, 0.0)
-        visible = self.stack.overlap.pipeline_exposed.si if self.plan.schedule == "interleaved" else 1.0
-        return StageTime(forward, backward, self.p2p_count(stage) * self.exchange_s([self.p2p()]) * visible)
+        blocks = {id(graph): self._block(graph, True) for graph, _ in stage.layers}
+        blocks |= {id(graph): self._block(graph, False) for graph in stage.extras}
+        forward = over_blocks(stage, lambda graph, is_layer: blocks[id(graph)][0])
+        backward = over_blocks(stage, lambda graph, is_layer: blocks[id(graph)][1])
+        overlap = self.stack.overlap
+        transfers = pipeline_transfers_s(self.p2p_count(stage), self.transfer_s(), overlap, self.plan.schedule)
+        return StageTime(forward, backward, transfers)
 
     # -- the step ------------------------------------------------------------------------------------------------
 
@@ -245,14 +242,14 @@ class Step:
         totals = [time.total_s for time in times]
         busiest = max(range(plan.pp), key=totals.__getitem__)
         m = plan.num_micro_batches
-        pipeline = pipeline_time(totals, m, plan.vpp)
+        bubble = pipeline_bubble(totals[busiest], sum(totals), plan.vpp)
         once = max((self._once_per_step(stage, time) for stage, time in zip(self.stages, times, strict=True)), key=sum)
-        by_cause = (times[busiest].forward + times[busiest].backward).scaled(m).by_cause()
+        by_cause = ((times[busiest].forward + times[busiest].backward) * m).by_cause()
         by_cause["data_parallel"] += once[0]
         by_cause["pipeline_p2p"] = times[busiest].p2p_s * m
-        by_cause["pipeline_bubble"] = max(0.0, pipeline - totals[busiest] * m)
+        by_cause["pipeline_bubble"] = bubble
         by_cause["optimizer"] = once[1]
-        return StepTime(total_s=sum(by_cause.values()), by_cause=by_cause, busiest_stage=busiest)
+        return StepTime(total_s=step_s(totals[busiest], bubble, sum(once), m), by_cause=by_cause, busiest_stage=busiest)
 
     def _stage_times(self) -> list[StageTime]:
         known: dict[tuple[object, ...], StageTime] = {}
@@ -266,27 +263,28 @@ class Step:
 
     def _once_per_step(self, stage: Stage, time: StageTime) -> tuple[float, float]:
         """Data-parallel traffic that shows, and the optimizer, on one rank."""
-        dense, expert = stage_weights(stage, self.layout, self.plan.pp)
-        return self._data_parallel(dense, expert, time), self._optimizer(stage, dense, expert)
+        if self.plan.shards_parameters:
+            return 0.0, self.update_s(stage)  # the traffic is part of every block
+        reduce, gather = self.stage_traffic_s(stage)
+        forward, backward = time.forward.total, time.backward.total
+        shown = data_parallel_s(reduce, gather, forward, backward, self.reductions_per_step, self.stack.overlap)
+        return shown, self.update_s(stage)
 
-    def _data_parallel(self, dense: int, expert: int, time: StageTime) -> float:
-        plan, overlap = self.plan, self.stack.overlap
-        if plan.shards_parameters:
-            return 0.0  # part of every block
-        reduce, gather = self.exchange_s(self.reductions(dense, expert)), self.exchange_s(self.gathers(dense, expert))
-        # Gradients are reduced beside the backward pass of the last micro-batch (ZeRO-2: of every one), parameters
-        # gathered beside the forward pass of the first.
-        times = plan.num_micro_batches if plan.zero == "2" else 1
-        shown = times * exposed(reduce, time.backward.total, overlap.gradient_exposed.si)
-        return shown + exposed(gather, time.forward.total, overlap.parameter_gather_exposed.si)
+    @property
+    def reductions_per_step(self) -> int:
+        """How often gradients are reduced without full sharding: ZeRO-2 keeps a shard only, so every time."""
+        return self.plan.num_micro_batches if self.plan.zero == "2" else 1
 
-    def _optimizer(self, stage: Stage, dense: int, expert: int) -> float:
-        """The update of a rank's own share: its states are read and written once, its moments too."""
-        by_dense, by_expert = (1, 1) if self.plan.zero == "0" else shard_degrees(self.plan, self.hsdp_shard)
-        moments = self.moments(stage)
-        parameters = dense / by_dense + expert / by_expert
-        read_and_written = 2 * (moments[0] / by_dense + moments[1] / by_expert)
-        return self.engine.stream_s(parameters * self.states.update_traffic + read_and_written)
+    def stage_traffic_s(self, stage: Stage) -> tuple[float, float]:
+        """Seconds to reduce the gradients of a rank, and to gather its parameters."""
+        weights = stage_weights(stage, self.layout, self.plan.pp)
+        return self.exchange_s(self.reductions(*weights)), self.exchange_s(self.gathers(*weights))
+
+    def update_s(self, stage: Stage) -> float:
+        """Seconds of the optimizer on one rank."""
+        weights = stage_weights(stage, self.layout, self.plan.pp)
+        degrees = (1, 1) if self.plan.zero == "0" else shard_degrees(self.plan, self.hsdp_shard)
+        return self.engine.stream_s(update_bytes(weights, self.moments(stage), degrees, self.states.update_traffic))
 
     def moments(self, stage: Stage) -> tuple[float, float]:
         """Bytes of optimizer moments of a stage's dense and expert weights, before sharding."""

@@ -7,8 +7,9 @@ over plans mostly finds the blocks it needs already priced.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import lru_cache, reduce
+from operator import add
 
 from simllm.hardware import Cluster
 from simllm.hardware.stack import Stack
@@ -97,6 +98,9 @@ class Engine:
         self.attention_rate = stack.kernels.attention_rate.si
         self.impl = implementation_of(stack, self.kernels, precision)
         self.block = lru_cache(maxsize=1 << 16)(self._block)
+        self._operators = lru_cache(maxsize=1 << 14)(self._price_operators)
+        self._passes = lru_cache(maxsize=1 << 15)(self._price_passes)
+        self._again = lru_cache(maxsize=1 << 15)(self._price_again)
 
     @property
     def assumptions(self) -> tuple[str, ...]:
@@ -192,31 +196,44 @@ class Engine:
     # -- blocks ------------------------------------------------------------------------------------------------
 
     def _block(self, graph: Graph, layout: Layout, groups: BlockGroups, policy: Recompute, is_layer: bool) -> BlockCost:
+        forward, backward = self._passes(graph, layout, groups, is_layer)
+        if not is_layer or policy.kind == "none":
+            return BlockCost(forward, backward)
+        # With every n-th layer recomputed, an average layer runs that part of it again.
+        again = self._again(graph, layout, groups, replace(policy, every=1))
+        return BlockCost(forward, backward + Cost(recompute=again * policy.fraction))
+
+    def _price_operators(self, graph: Graph, layout: Layout) -> tuple[Cost, ...]:
+        return tuple(self.operator_forward(operator, layout) for operator in graph.operators)
+
+    def _price_passes(self, graph: Graph, layout: Layout, groups: BlockGroups, is_layer: bool) -> tuple[Cost, Cost]:
+        """Forward and backward of a block, nothing recomputed."""
         collectives = block_collectives(graph, layout, self.impl)
-        forward = backward = again = Cost()
-        rerun = {operator.name for operator in recomputed_operators(graph, policy, self.impl)} if is_layer else set()
-        for operator in graph.operators:
-            cost = self.operator_forward(operator, layout)
-            forward += cost
-            if operator.name in rerun:
-                again += cost
-            backward += self.operator_backward(operator, layout)
+        forward = reduce(add, self._operators(graph, layout), Cost())
+        backward = reduce(add, (self.operator_backward(operator, layout) for operator in graph.operators), Cost())
         ahead = [c for c in collectives if c.phase == "forward"]
         behind = [c for c in collectives if c.phase == "backward"]
         forward += self._communication(ahead, groups, forward.attention)
         backward += self._communication(behind, groups, backward.attention)
-        if rerun:
-            again += self._communication([c for c in ahead if c.operator in rerun], groups, again.attention)
         if is_layer:
             host = self.stack.costs.host_per_layer_forward.si
             ratio = self.stack.costs.host_backward_ratio.si
             forward += Cost(host=max(0.0, host - forward.total))
             backward += Cost(host=max(0.0, host * ratio - backward.total))
-            if rerun:
-                share = len(rerun) / len(graph.operators)
-                again += Cost(host=max(0.0, host * share - again.total))
-        # With every n-th layer recomputed, an average layer runs that part of it again.
-        return BlockCost(forward, backward + Cost(recompute=again.total * policy.fraction))
+        return forward, backward
+
+    def _price_again(self, graph: Graph, layout: Layout, groups: BlockGroups, policy: Recompute) -> float:
+        """Seconds of what a recomputed layer runs again."""
+        rerun = {operator.name for operator in recomputed_operators(graph, policy, self.impl)}
+        if not rerun:
+            return 0.0
+        costs = zip(graph.operators, self._operators(graph, layout), strict=True)
+        again = reduce(add, (cost for operator, cost in costs if operator.name in rerun), Cost())
+        collectives = block_collectives(graph, layout, self.impl)
+        ahead = [c for c in collectives if c.phase == "forward" and c.operator in rerun]
+        again += self._communication(ahead, groups, again.attention)
+        host = self.stack.costs.host_per_layer_forward.si * len(rerun) / len(graph.operators)
+        return again.total + max(0.0, host - again.total)
 
     def stream_s(self, size_bytes: float) -> float:
         """Seconds of a kernel that moves so many bytes."""

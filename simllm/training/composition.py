@@ -29,6 +29,7 @@ __all__ = [
     "pipeline_transfers_s",
     "sharded_exposure",
     "step_s",
+    "transfers_of",
     "update_bytes",
 ]
 
@@ -78,6 +79,15 @@ def sharded_exposure(
     (arXiv:2304.11277, section 3.3).
     """
     return exposed(gather_s, forward_s, share), exposed(gather_s + reduce_s, backward_s, share)
+
+
+def transfers_of(stage: Stage, pp: int, vpp: int) -> int:
+    """Transfers of one micro-batch that a pipeline rank takes part in.
+
+    Every chunk receives and sends once forward and once backward, except at the ends of the model; a send and the
+    receive of the same moment are one exchange.
+    """
+    return 0 if pp == 1 else 2 * vpp - stage.first - stage.last
 
 
 def pipeline_transfers_s(count: int, transfer_s: Real, overlap: Overlap, schedule: str) -> Real:

@@ -26,6 +26,7 @@ from simllm.training.composition import (
     pipeline_transfers_s,
     sharded_exposure,
     step_s,
+    transfers_of,
     update_bytes,
 )
 from simllm.training.cost import Cost
@@ -211,14 +212,6 @@ class Step:
         size = self.layout.elements(self.graph.layers[-1].output) * self.engine.impl.activation_bytes
         return Exchange("pp", "send_recv", group_of(self.plan, "pp"), size)
 
-    def p2p_count(self, stage: Stage) -> int:
-        """Transfers of one micro-batch that a rank takes part in.
-
-        Every chunk receives and sends once forward and once backward, except at the ends of the model; a send and the
-        receive of the same moment are one exchange.
-        """
-        return 0 if self.plan.pp == 1 else 2 * self.plan.vpp - stage.first - stage.last
-
     def transfer_s(self) -> float:
         """Seconds of one transfer of a micro-batch between neighbouring stages."""
         return self.exchange_s([self.p2p()]) if self.plan.pp > 1 else 0.0
@@ -230,7 +223,9 @@ class Step:
         forward = over_blocks(stage, lambda graph, is_layer: blocks[id(graph)][0])
         backward = over_blocks(stage, lambda graph, is_layer: blocks[id(graph)][1])
         overlap = self.stack.overlap
-        transfers = pipeline_transfers_s(self.p2p_count(stage), self.transfer_s(), overlap, self.plan.schedule)
+        transfers = pipeline_transfers_s(
+            transfers_of(stage, self.plan.pp, self.plan.vpp), self.transfer_s(), overlap, self.plan.schedule
+        )
         return StageTime(forward, backward, transfers)
 
     # -- the step ------------------------------------------------------------------------------------------------

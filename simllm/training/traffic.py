@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from simllm.network import price
 from simllm.parallel.communication import block_collectives
 from simllm.parallel.stages import block_weights, stage_weights
+from simllm.training.composition import transfers_of
 from simllm.training.step import Exchange, Step
 
 __all__ = ["GroupTraffic", "communication"]
@@ -89,4 +90,4 @@ def _exchanges(step: Step, rank: int) -> Iterator[tuple[Exchange, float]]:
         yield from ((x, 1) for x in step.gathers(*weights))
         yield from ((x, m if plan.zero == "2" else 1) for x in step.reductions(*weights))
     if plan.pp > 1:
-        yield step.p2p(), step.p2p_count(stage) * m
+        yield step.p2p(), transfers_of(stage, plan.pp, plan.vpp) * m

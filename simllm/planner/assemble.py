@@ -1,0 +1,396 @@
+"""Time and memory of all plans at once: what blocks cost is looked up, how it adds up is numpy arithmetic.
+
+A quantity that few plans differ in (the price of a block, the weights of a rank, the seconds of a reduction) is
+computed once for each distinct case by the same `Step`, `Engine` and memory functions that `estimate` uses. The
+formulas that put them together (`simllm.training.composition`, `simllm.parallel.memory`, `simllm.parallel.schedules`)
+are called with arrays instead of floats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial, reduce
+from operator import add
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from simllm.elementwise import larger
+from simllm.hardware import Cluster
+from simllm.models import Model
+from simllm.models.activations import saved_bytes
+from simllm.models.graph import Graph
+from simllm.parallel.memory import (
+    activation_bytes,
+    heads_in_flight,
+    kept_bytes,
+    layer_peak_bytes,
+    loss_peak_bytes,
+    state_memory,
+    working_bytes,
+)
+from simllm.parallel.plan import Plan
+from simllm.parallel.schedules import in_flight_chunks, pipeline_bubble
+from simllm.parallel.stages import Stage, pipeline_stages
+from simllm.planner.space import Cells, Structure
+from simllm.training import Training
+from simllm.training.composition import (
+    accumulation_s,
+    data_parallel_s,
+    over_blocks,
+    pipeline_transfers_s,
+    sharded_exposure,
+    step_s,
+    transfers_of,
+)
+from simllm.training.step import Step
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
+    Ints = NDArray[np.int64]
+
+__all__ = ["Assembly", "Evaluated", "Prices"]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Block:
+    """What one micro-batch of a block takes on a rank, an array over the cells for each quantity."""
+
+    forward_s: Floats
+    backward_s: Floats
+    kept_bytes: Floats
+    peak_bytes: Floats
+
+
+class Prices:
+    """What the blocks of a model cost in every cell, each priced once when a plan first needs it.
+
+    Parameters
+    ----------
+    model : Model
+    cluster : Cluster
+        Any size: what happens inside a stage depends on the domain, not on the number of nodes.
+    training : Training
+    cells : Cells
+    precision : str
+    """
+
+    def __init__(self, model: Model, cluster: Cluster, training: Training, cells: Cells, precision: str) -> None:
+        graph = model.graph
+        layers = tuple(layer for layer, _ in graph.layer_parts)
+        outside = (graph.stem, *(bridge for _, bridge in graph.bridges), *graph.last_extras, graph.head)
+        self._graphs = (*((layer, True) for layer in layers), *((extra, False) for extra in outside))
+        self._head = graph.head
+        self._ask = (model, cluster, training)
+        self._cells, self._precision = cells, precision
+        self._known = np.zeros(cells.count, dtype=bool)
+        self.blocks: dict[int, _Block] = {
+            id(block): _Block(*(np.full(cells.count, np.nan) for _ in range(4))) for block, _ in self._graphs
+        }
+        self.transfer_bytes: Floats = np.full(cells.count, np.nan)
+
+    def need(self, cells: Ints) -> None:
+        """Price the cells that are not priced yet."""
+        for cell in cells[~self._known[cells]].tolist():
+            self._price(cell)
+        self._known[cells] = True
+
+    def _price(self, cell: int) -> None:
+        model, cluster, training = self._ask
+        fields = self._cells.fields(cell)
+        ranks = fields["ep"] * fields["etp"]
+        batch = ranks * fields["micro_batch_size"]
+        plan = Plan(**fields, dp=ranks, global_batch_size=batch, precision=self._precision)
+        step = Step(model, cluster, plan, training)
+        layout, impl, policy = step.layout, step.engine.impl, plan.recompute
+        self.transfer_bytes[cell] = step.p2p().size_bytes
+        for graph, is_layer in self._graphs:
+            block = self.blocks[id(graph)]
+            cost = step.engine.block(graph, layout, step.groups, policy, is_layer)
+            block.forward_s[cell], block.backward_s[cell] = cost.forward.total, cost.backward.total
+            if is_layer:
+                block.kept_bytes[cell] = kept_bytes(graph, layout, impl, policy)
+                block.peak_bytes[cell] = layer_peak_bytes(graph, layout, impl, policy)
+            else:
+                block.kept_bytes[cell] = saved_bytes(graph, layout, impl)
+                if graph is self._head:
+                    block.peak_bytes[cell] = loss_peak_bytes(graph, layout, impl)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Evaluated:
+    """Plans of one structure.
+
+    Attributes
+    ----------
+    structure : Structure
+    cells : array of int
+        The cell of every plan.
+    time_s, peak_bytes : array of float
+        Seconds of a step, and peak memory of the rank that needs most.
+    state_bytes : array of float
+        What no recomputation and no smaller micro-batch frees, on the rank that has most of it.
+    """
+
+    structure: Structure
+    cells: Ints
+    time_s: Floats
+    peak_bytes: Floats
+    state_bytes: Floats
+
+
+@dataclass(frozen=True, eq=False)
+class _Frame:
+    """Cells that make a plan with one pipeline degree and schedule, and their blocks.
+
+    ``share``: for every plan, which of ``sharing`` it is; plans of one have the same weights and the same
+    data-parallel ranks, and ``sharing`` holds a plan's fields for each. ``dealt``: numbers that were dealt out already.
+    """
+
+    cells: Ints
+    num_micro_batches: Floats
+    blocks: dict[int, _Block]
+    transfer_s: Floats
+    share: Ints
+    sharing: tuple[dict[str, Any], ...]
+    dealt: dict[tuple[Any, ...], list[Floats]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class _Kind:
+    """Pipeline ranks that hold the same blocks."""
+
+    stage: Stage
+    ranks: tuple[int, ...]
+    key: tuple[Any, ...]
+
+
+class Assembly:
+    """Evaluates all plans of a space for one number of GPUs.
+
+    Parameters
+    ----------
+    model : Model
+    cluster : Cluster
+    training : Training
+    global_batch_size : int
+    cells : Cells
+    prices : dict of str to Prices
+        By precision; shared between numbers of GPUs.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        cluster: Cluster,
+        training: Training,
+        global_batch_size: int,
+        cells: Cells,
+        prices: dict[str, Prices],
+    ) -> None:
+        self.model, self.cluster, self.training = model, cluster, training
+        self.global_batch_size, self.cells, self.prices = global_batch_size, cells, prices
+        self._numbers: dict[tuple[Any, ...], tuple[float, ...]] = {}
+
+    # -- evaluation ------------------------------------------------------------------------------------------------
+
+    def frame(self, precision: str, pp: int, cells: Ints, dp: Ints) -> _Frame:
+        """Gather what the blocks of these cells cost."""
+        prices, columns = self.prices[precision], self.cells.columns
+        prices.need(cells)
+        blocks = {
+            key: _Block(b.forward_s[cells], b.backward_s[cells], b.kept_bytes[cells], b.peak_bytes[cells])
+            for key, b in prices.blocks.items()
+        }
+        m = self.global_batch_size // (dp * columns["micro_batch_size"][cells])
+        keys = np.stack([columns["tp"][cells], columns["ep"][cells], self.cells.etp[cells]])
+        _, first, share = np.unique(keys, axis=1, return_index=True, return_inverse=True)
+        sharing = tuple(
+            self.cells.fields(int(cells[i])) | {"pp": pp, "dp": int(dp[i]), "global_batch_size": self.global_batch_size}
+            for i in first
+        )
+        counts = m.astype(np.float64)
+        frame = _Frame(cells, counts, blocks, np.zeros_like(counts), share.ravel(), sharing)
+        if pp == 1:
+            return frame
+        plain = Structure(precision=precision, pp=pp, vpp=1, schedule="1f1b", uneven_layers=True, zero="0")
+        step = self._step(plain, sharing[0])
+        sizes, inverse = np.unique(prices.transfer_bytes[cells], return_inverse=True)
+        transfer = step.p2p()
+        seconds = np.array([step.exchange_s([replace(transfer, size_bytes=size)]) for size in sizes.tolist()])
+        return replace(frame, transfer_s=seconds[inverse])
+
+    def evaluate(self, frame: _Frame, structures: list[Structure]) -> Iterator[Evaluated]:
+        """Time and memory of the cells of a frame in structures that differ in their sharding only.
+
+        Plans that are no choice are left out: sharding over one rank, and HSDP where its groups are not whole domains.
+        """
+        kinds = self._kinds(structures[0])
+        activations = self._activations(frame, structures[0], kinds)
+        whole: list[tuple[Floats, Floats]] | None = None
+        for position, structure in enumerate(structures):
+            able = np.array([self._makes_sense(fields, structure.zero, position == 0) for fields in frame.sharing])
+            if not able.any():
+                continue
+            if structure.zero in ("3", "hsdp"):
+                passes = self._per_micro_batch(frame, structure, kinds)
+            else:
+                passes = whole = whole or self._per_micro_batch(frame, structure, kinds)
+            time_s = self._time(frame, structure, kinds, passes)
+            peak, states = self._memory(frame, structure, kinds, activations)
+            if able.all():
+                yield Evaluated(structure, frame.cells, time_s, peak, states)
+            else:
+                here = able[frame.share]
+                yield Evaluated(structure, frame.cells[here], time_s[here], peak[here], states[here])
+
+    def _makes_sense(self, fields: dict[str, Any], zero: str, first: bool) -> bool:
+        """Whether a way of sharding differs from those before it."""
+        ranks = self.cluster.num_gpus // fields["tp"] // fields["pp"]
+        if ranks == 1:
+            return first
+        inside = max(1, self.cluster.gpus_per_domain // int(fields["tp"]))
+        return zero != "hsdp" or (1 < inside < ranks and ranks % inside == 0)
+
+    def _step(self, structure: Structure, fields: dict[str, Any]) -> Step:
+        """The scalar step of one plan of those that share weights and data-parallel ranks."""
+        return Step(self.model, self.cluster, Plan(**fields | vars(structure)), self.training)
+
+    def _shared(
+        self, frame: _Frame, structure: Structure, what: tuple[Any, ...], of: Callable[[Step], tuple[float, ...]]
+    ) -> list[Floats]:
+        """Numbers of a scalar step, computed once for all plans that share them, dealt out to the plans.
+
+        ``what`` names the numbers; beside it they depend on the weights and the data-parallel ranks only.
+        """
+        dealt = (*what, structure.zero)
+        if dealt in frame.dealt:
+            return frame.dealt[dealt]
+        found = []
+        for fields in frame.sharing:
+            key = (*what, structure.precision, structure.zero, structure.pp, fields["tp"], fields["ep"], fields["etp"])
+            numbers = self._numbers.get(key)
+            if numbers is None:
+                numbers = self._numbers[key] = of(self._step(structure, fields))
+            found.append(numbers)
+        frame.dealt[dealt] = [np.array(column)[frame.share] for column in zip(*found, strict=True)]
+        return frame.dealt[dealt]
+
+    def _kinds(self, structure: Structure) -> list[_Kind]:
+        found: dict[tuple[Any, ...], list[Stage]] = {}
+        stages = pipeline_stages(self.model.graph, structure.pp, structure.vpp, structure.uneven_layers)
+        for stage in stages:
+            layers = tuple((id(graph), times) for graph, times in stage.layers)
+            key = (layers, tuple(id(graph) for graph in stage.extras), stage.first, stage.last)
+            found.setdefault(key, []).append(stage)
+        return [_Kind(same[0], tuple(stage.rank for stage in same), key) for key, same in found.items()]
+
+    # -- one micro-batch -------------------------------------------------------------------------------------------
+
+    def _per_micro_batch(self, frame: _Frame, structure: Structure, kinds: list[_Kind]) -> list[tuple[Floats, Floats]]:
+        """Forward and backward seconds of every kind of rank."""
+        blocks = {
+            id(graph): self._passes(frame, structure, graph)
+            for graph in {id(graph): graph for kind in kinds for graph in _graphs(kind.stage)}.values()
+        }
+        return [
+            (
+                over_blocks(kind.stage, lambda graph, _: blocks[id(graph)][0]),
+                over_blocks(kind.stage, lambda graph, _: blocks[id(graph)][1]),
+            )
+            for kind in kinds
+        ]
+
+    def _passes(self, frame: _Frame, structure: Structure, graph: Graph) -> list[Floats]:
+        """Forward and backward seconds of a block with what data parallelism adds to each micro-batch."""
+        block, full = frame.blocks[id(graph)], structure.zero in ("3", "hsdp")
+        known = ("passes", id(graph), structure.zero if full else "")
+        if known in frame.dealt:
+            return frame.dealt[known]
+        if full:
+            of = partial(Step.block_traffic_s, graph=graph)
+            gather, scatter = self._shared(frame, structure, ("block", id(graph)), of)
+            share = self.training.software.overlap.fully_sharded_exposed.si
+            ahead, behind = sharded_exposure(gather, scatter, block.forward_s, block.backward_s, share)
+            frame.dealt[known] = [block.forward_s + ahead, block.backward_s + behind]
+        else:
+            (stream,) = self._shared(frame, structure, ("stream", id(graph)), partial(_accumulation, graph=graph))
+            added = accumulation_s(stream, frame.num_micro_batches)
+            frame.dealt[known] = [block.forward_s, block.backward_s + added]
+        return frame.dealt[known]
+
+    # -- the step --------------------------------------------------------------------------------------------------
+
+    def _time(
+        self, frame: _Frame, structure: Structure, kinds: list[_Kind], passes: list[tuple[Floats, Floats]]
+    ) -> Floats:
+        overlap, m = self.training.software.overlap, frame.num_micro_batches
+        totals: list[Floats] = []
+        onces: list[Floats] = []
+        for kind, (forward, backward) in zip(kinds, passes, strict=True):
+            count = transfers_of(kind.stage, structure.pp, structure.vpp)
+            totals.append(
+                forward + backward + pipeline_transfers_s(count, frame.transfer_s, overlap, structure.schedule)
+            )
+            (update,) = self._shared(frame, structure, ("update", kind.key), partial(_update, stage=kind.stage))
+            if structure.zero not in ("3", "hsdp"):
+                of = partial(Step.stage_traffic_s, stage=kind.stage)
+                scatter, gather = self._shared(frame, structure, ("traffic", kind.key), of)
+                reductions = m if structure.zero == "2" else np.ones_like(m)
+                update = update + data_parallel_s(scatter, gather, forward, backward, reductions, overlap)
+            onces.append(update)
+        slowest = reduce(larger, totals)
+        everyone = reduce(add, (total * len(kind.ranks) for total, kind in zip(totals, kinds, strict=True)))
+        return step_s(slowest, pipeline_bubble(slowest, everyone, structure.vpp), reduce(larger, onces), m)
+
+    # -- memory ----------------------------------------------------------------------------------------------------
+
+    def _activations(self, frame: _Frame, structure: Structure, kinds: list[_Kind]) -> list[Floats]:
+        """Bytes kept and at work at the peak of every kind of rank, on the rank that holds most micro-batches."""
+        counts, inverse = np.unique(frame.num_micro_batches, return_inverse=True)
+        schedule, pp, vpp = structure.schedule, structure.pp, structure.vpp
+        found = []
+        for kind in kinds:
+            most = [
+                max(in_flight_chunks(schedule, pp, int(m), rank, vpp) for rank in kind.ranks) for m in counts.tolist()
+            ]
+            in_flight = np.array([chunks / vpp for chunks in most])[inverse]
+            heads = np.array([float(heads_in_flight(schedule, chunks)) for chunks in most])[inverse]
+            held = activation_bytes(kind.stage, lambda graph, _: frame.blocks[id(graph)].kept_bytes, in_flight, heads)
+            at_work = working_bytes(
+                kind.stage,
+                lambda graph: frame.blocks[id(graph)].peak_bytes,
+                lambda graph: frame.blocks[id(graph)].peak_bytes,
+            )
+            found.append(held + at_work)
+        return found
+
+    def _memory(
+        self, frame: _Frame, structure: Structure, kinds: list[_Kind], activations: list[Floats]
+    ) -> tuple[Floats, Floats]:
+        peaks, states = [], []
+        for kind, held in zip(kinds, activations, strict=True):
+            (fixed,) = self._shared(frame, structure, ("states", kind.key), partial(_states, stage=kind.stage))
+            states.append(fixed)
+            peaks.append(fixed + held)
+        return reduce(larger, peaks), reduce(larger, states)
+
+
+def _accumulation(step: Step, graph: Graph) -> tuple[float]:
+    return (step.accumulation_stream_s(graph),)
+
+
+def _update(step: Step, stage: Stage) -> tuple[float]:
+    return (step.update_s(stage),)
+
+
+def _states(step: Step, stage: Stage) -> tuple[float]:
+    fixed = state_memory(stage, step.plan, step.layout, step.states, step.training.optimizer, step.hsdp_shard)
+    return (sum(fixed.values()) + step.stack.costs.context.si,)
+
+
+def _graphs(stage: Stage) -> tuple[Graph, ...]:
+    return (*(graph for graph, _ in stage.layers), *stage.extras)

@@ -10,8 +10,12 @@ from simllm.models.activations import Recompute
 from simllm.parallel.plan import Plan, Zero
 from simllm.planner.reasons import explain_difference
 from simllm.training import Estimate, Training
+from simllm.units import format_bytes, format_duration
 
-__all__ = ["Comparison", "parse_plan"]
+__all__ = ["NO_CHANGE", "Comparison", "parse_plan"]
+
+#: Where nothing that is tried alone makes a plan fit.
+NO_CHANGE = "no single change makes it fit"
 
 _SHORT = {"mbs": "micro_batch_size", "sp": "sequence_parallel"}
 _WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
@@ -95,28 +99,49 @@ class Comparison:
     answer : Estimate
     best : Estimate or None
         The best plan of the search.
-    rank : int or None
-        Its place among the plans that fit, 1 for the best; None where it does not fit.
+    rank : int
+        Its place among the feasible plans, 1 for the best; of a plan that does not fit, the place it would take.
     feasible : int
-        Plans that fit.
+        Plans that can be recommended.
     fix : str or None
-        Where it does not fit: what would make it.
+        Where it does not fit: the nearest single change that makes it.
+    fixed : Estimate or None
+        The plan after that change.
+    fixed_rank : int or None
     """
 
     answer: Estimate
     best: Estimate | None
-    rank: int | None
+    rank: int
     feasible: int
     fix: str | None
+    fixed: Estimate | None
+    fixed_rank: int | None
 
     @property
-    def why(self) -> str:
-        """How it ranks, and why."""
-        if self.rank is None:
-            over = self.answer.peak_memory_bytes - self.answer.usable_memory_bytes
-            fix = f"; {self.fix}" if self.fix else ""
-            return f"does not fit: {over / 2**30:.3g} GiB more than a GPU may use{fix}"
+    def why(self) -> tuple[str, ...]:
+        """How it ranks and why, a sentence each."""
         place = f"place {self.rank:,} of {self.feasible:,}"
-        if self.best is None:
-            return place
-        return f"{place}: {explain_difference(self.best, self.answer)}"
+        difference = f": {explain_difference(self.best, self.answer)}" if self.best is not None else ""
+        if self.answer.fits:
+            return (f"{place}{difference}",)
+        over = self.answer.peak_memory_bytes - self.answer.usable_memory_bytes
+        lines = [f"does not fit: {format_bytes(over)} more than a GPU may use"]
+        if self.feasible:
+            lines.append(f"by its time it would take {place}{difference}")
+        if self.fixed is None:
+            return (*lines, NO_CHANGE)
+        after = f", step {format_duration(self.fixed.step_time_s)}, MFU {self.fixed.mfu:.1%}"
+        return (*lines, f"{self.fix}{after}, place {self.fixed_rank:,} of {self.feasible:,}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data with stable keys."""
+        return {
+            "estimate": self.answer.to_dict(),
+            "rank": self.rank,
+            "of": self.feasible,
+            "why": list(self.why),
+            "fix": self.fix,
+            "fixed": self.fixed.to_dict() if self.fixed else None,
+            "fixed_rank": self.fixed_rank,
+        }

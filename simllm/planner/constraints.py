@@ -99,7 +99,8 @@ class Constraints:
         for field in fields(self):
             value = getattr(self, field.name)
             if value != field.default:
-                found[field.name] = _words(value) if isinstance(value, tuple) else str(value)
+                words = _words(value) if isinstance(value, tuple) else str(value)
+                found[field.name] = f"{value:g}" if isinstance(value, float) else words
         return found
 
     def without(self, name: str) -> Constraints:

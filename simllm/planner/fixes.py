@@ -13,6 +13,7 @@ import numpy as np
 from simllm.errors import InputError
 from simllm.models.activations import Recompute
 from simllm.parallel.plan import Plan, Zero
+from simllm.planner.compare import NO_CHANGE
 from simllm.planner.space import CELL_AXES, Cells, Structure
 from simllm.planner.survey import Survey
 from simllm.training import Estimate, estimate
@@ -22,9 +23,8 @@ if TYPE_CHECKING:
 
     Ints = NDArray[np.int64]
 
-__all__ = ["NO_CHANGE", "fix_of", "nearest_fixes"]
+__all__ = ["fix_of", "nearest_fixes"]
 
-NO_CHANGE = "no single change is enough"
 _SHARDING: tuple[Zero, ...] = ("1", "2", "hsdp", "3")
 
 
@@ -111,8 +111,8 @@ def _moved(cells: Cells, axis: str, position: int, rising: bool = False) -> Ints
     return np.where(able, to, -1)
 
 
-def fix_of(answer: Estimate) -> str | None:
-    """The nearest single change that makes one plan fit, or None.
+def fix_of(answer: Estimate) -> tuple[str, Estimate] | None:
+    """The nearest single change that makes one plan fit, in words and estimated, or None.
 
     Parameters
     ----------
@@ -125,7 +125,7 @@ def fix_of(answer: Estimate) -> str | None:
         except InputError:
             continue
         if tried.fits:
-            return text
+            return text, tried
     return None
 
 

@@ -112,7 +112,9 @@ class Gathering:
         self.excluded: Counter[str] = Counter()
         self.fixes: dict[str, dict[str, int]] = {}
         self.nearest: Candidate | None = None
-        self._better = [0] * len(compared)
+        self._distance = (2.0, 0.0)
+        self._fixes = [None if answer.fits else fix_of(answer) for answer in compared]
+        self._better: dict[int, int] = {}
 
     def add(self, cluster: Cluster, clusters: Sequence[Cluster]) -> None:
         """Search one number of GPUs."""
@@ -134,10 +136,12 @@ class Gathering:
         some = [_candidate(found, int(number)) for number in found.feasible[: self.keep]]
         self.best = sorted([*self.best, *some], key=self._key)[: self.keep]
         self._extend_front(found)
-        for number, answer in enumerate(self.compared):
-            self._better[number] += self._faster(found, answer)
+        for answer in (*self.compared, *(fix[1] for fix in self._fixes if fix)):
+            self._better[id(answer)] = self._better.get(id(answer), 0) + self._faster(found, answer)
         if not self.feasible and len(found):
-            self._remember(_candidate(found, int(np.argmin(found.peak_bytes))))
+            able = np.flatnonzero(found.fits)
+            number = able[np.argmin(found.time_s[able])] if len(able) else np.argmin(found.peak_bytes)
+            self._remember(_candidate(found, int(number)), bool(len(able)))
 
     def _key(self, candidate: Candidate) -> tuple[float, ...]:
         seconds = candidate.step_time_s
@@ -161,18 +165,26 @@ class Gathering:
             if not any(t <= seconds and p <= peak for t, p in old):
                 self.front.append(_candidate(found, number))
 
-    def _remember(self, candidate: Candidate) -> None:
-        if self.nearest is None or candidate.peak_bytes < self.nearest.peak_bytes:
-            self.nearest = candidate
+    def _remember(self, candidate: Candidate, fits: bool) -> None:
+        """What comes nearest to an answer: the fastest plan that fits, or else the one that needs least memory."""
+        distance = (0.0, candidate.step_time_s) if fits else (1.0, candidate.peak_bytes)
+        if self.nearest is None or distance < self._distance:
+            self.nearest, self._distance = candidate, distance
 
     def comparisons(self, best: Estimate | None) -> tuple[Comparison, ...]:
         """How the given plans rank."""
-        found = []
-        for answer, better in zip(self.compared, self._better, strict=True):
-            rank = better + 1 if answer.fits else None
-            fix = None if answer.fits else fix_of(answer)
-            found.append(Comparison(answer=answer, best=best, rank=rank, feasible=self.feasible, fix=fix))
-        return tuple(found)
+        return tuple(
+            Comparison(
+                answer=answer,
+                best=best,
+                rank=self._better[id(answer)] + 1,
+                feasible=self.feasible,
+                fix=fix[0] if fix else None,
+                fixed=fix[1] if fix else None,
+                fixed_rank=self._better[id(fix[1])] + 1 if fix else None,
+            )
+            for answer, fix in zip(self.compared, self._fixes, strict=True)
+        )
 
     # -- when there is no answer ---------------------------------------------------------------------------------
 

@@ -53,7 +53,7 @@ class PlanSearch:
     priced : int
         Plans whose memory and time were computed.
     nearest : Estimate or None
-        When nothing fits: the plan that needs least memory.
+        When nothing is feasible: the plan that needs least memory, or the fastest one where some fit.
     """
 
     plans: tuple[Estimate, ...]
@@ -96,10 +96,7 @@ class PlanSearch:
             "rejected": dict(self.rejected),
             "fixes": {reason: dict(changes) for reason, changes in self.fixes.items()},
             "pareto": [candidate.to_dict() for candidate in self.front],
-            "comparisons": [
-                {"rank": c.rank, "of": c.feasible, "why": c.why, "estimate": c.answer.to_dict()}
-                for c in self.comparisons
-            ],
+            "comparisons": [comparison.to_dict() for comparison in self.comparisons],
             "evaluations": self.priced,
             "evaluations_per_s": self.evaluations_per_s,
             "nearest": self.nearest.to_dict() if self.nearest else None,

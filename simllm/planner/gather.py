@@ -197,7 +197,7 @@ class Gathering:
 
     def _contradiction(self, given: dict[str, str]) -> NoReturn:
         asked = ", ".join(f"{name}={words}" for name, words in given.items())
-        reasons = [reason for reason, _ in (self.rejected + self.excluded).most_common(2)]
+        reasons = [reason for reason, _ in (self.excluded or self.rejected).most_common(2)]
         raise InputError(
             f"no plan has {asked}: {'; '.join(reasons) or 'the degrees leave no combination'}; "
             f"change {' or '.join(given)}"

@@ -194,6 +194,7 @@ class Assembly:
         self.model, self.cluster, self.training = model, cluster, training
         self.global_batch_size, self.cells, self.prices = global_batch_size, cells, prices
         self._numbers: dict[tuple[Any, ...], tuple[float, ...]] = {}
+        self._steps: dict[tuple[Any, ...], Step] = {}
 
     # -- evaluation ------------------------------------------------------------------------------------------------
 
@@ -271,10 +272,12 @@ class Assembly:
             return frame.dealt[dealt]
         found = []
         for fields in frame.sharing:
-            key = (*what, structure.precision, structure.zero, structure.pp, fields["tp"], fields["ep"], fields["etp"])
-            numbers = self._numbers.get(key)
+            share = (structure.precision, structure.zero, structure.pp, fields["tp"], fields["ep"], fields["etp"])
+            numbers = self._numbers.get((*what, *share))
             if numbers is None:
-                numbers = self._numbers[key] = of(self._step(structure, fields))
+                if share not in self._steps:
+                    self._steps[share] = self._step(structure, fields)
+                numbers = self._numbers[(*what, *share)] = of(self._steps[share])
             found.append(numbers)
         frame.dealt[dealt] = [np.array(column)[frame.share] for column in zip(*found, strict=True)]
         return frame.dealt[dealt]

@@ -6,29 +6,36 @@ and their gradients), or the first layer of a backward pass (a recomputed layer 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
+from operator import add
 
 from simllm.elementwise import Real, larger
 from simllm.models.activations import Recompute, saved_bytes
-from simllm.models.graph import Graph, Implementation, Layout
+from simllm.models.graph import Graph, Implementation, Layout, Tensor
+from simllm.models.work import Gemm, GroupedGemm
 from simllm.parallel.plan import Plan
-from simllm.parallel.schedules import in_flight_chunks
+from simllm.parallel.schedules import Table, held_peak, in_flight_chunks, stage_of
 from simllm.parallel.stages import Stage, block_weights, stage_moments, stage_weights
 from simllm.parallel.states import StateBytes
 
 __all__ = [
     "MEMORY_KINDS",
+    "Held",
     "StageMemory",
-    "activation_bytes",
+    "head_bytes",
     "heads_in_flight",
+    "held_along",
     "kept_bytes",
     "layer_peak_bytes",
     "loss_peak_bytes",
+    "micro_batch_bytes",
     "shard_degrees",
+    "stage_kept_bytes",
     "stage_memory",
     "state_memory",
+    "weight_gradient_bytes",
     "working_bytes",
 ]
 
@@ -108,24 +115,34 @@ def loss_peak_bytes(graph: Graph, layout: Layout, impl: Implementation) -> float
     return saved_bytes(graph, layout, impl) + gradient_workspace(graph, layout, impl) - logits
 
 
-def activation_bytes(stage: Stage, kept: Callable[[Graph, bool], Real], in_flight: Real, heads_in_flight: Real) -> Real:
-    """Bytes kept for the backward pass on a rank.
+def micro_batch_bytes(stage: Stage, kept: Callable[[Graph, bool], Real]) -> Real | float:
+    """Bytes that one micro-batch keeps on a rank for its backward pass, those of the head apart.
 
     Parameters
     ----------
     stage : Stage
     kept : callable
-        ``(graph, whether it is a layer) -> bytes`` that a block keeps for one micro-batch.
-    in_flight : float
-        Micro-batches whose activations the rank holds.
-    heads_in_flight : float
-        Those whose head's activations it holds beside the ones at work.
+        ``(graph, whether it is a layer) -> bytes`` that a block keeps.
     """
     head = stage.extras[-1] if stage.last else None
-    total = sum((kept(graph, True) * times for graph, times in stage.layers), start=0.0)
-    total = total + sum((kept(graph, False) for graph in stage.extras if graph is not head), start=0.0)
-    held = total * in_flight
-    return held if head is None else held + kept(head, False) * heads_in_flight
+    parts = [kept(graph, True) * times for graph, times in stage.layers]
+    parts += [kept(graph, False) for graph in stage.extras if graph is not head]
+    return reduce(add, parts) if parts else 0.0
+
+
+def head_bytes(stage: Stage, kept: Callable[[Graph, bool], Real]) -> Real | float:
+    """Bytes that one micro-batch keeps in the head, where the rank holds it."""
+    return kept(stage.extras[-1], False) if stage.last else 0.0
+
+
+@lru_cache(maxsize=1 << 16)
+def stage_kept_bytes(stage: Stage, layout: Layout, impl: Implementation, policy: Recompute) -> float:
+    """`micro_batch_bytes` of one plan."""
+
+    def kept(graph: Graph, is_layer: bool) -> float:
+        return kept_bytes(graph, layout, impl, policy) if is_layer else saved_bytes(graph, layout, impl)
+
+    return micro_batch_bytes(stage, kept)
 
 
 def working_bytes(
@@ -159,9 +176,68 @@ def state_memory(
     }
 
 
-def heads_in_flight(schedule: str, chunks: int) -> int:
+def heads_in_flight(schedule: str, pp: int, num_micro_batches: int) -> int:
     """Micro-batches whose head keeps its tensors beside those at work: none, except where all forwards come first."""
-    return chunks - 1 if schedule == "gpipe" else 0
+    m = num_micro_batches
+    forwards_first = schedule in ("gpipe", "looped-bfs") or (schedule == "interleaved" and m == pp)
+    return m - 1 if forwards_first else 0
+
+
+@lru_cache(maxsize=1 << 16)
+def _block_weight_gradient_bytes(graph: Graph, layout: Layout, impl: Implementation) -> float:
+    tensors: dict[tuple[str, str], Tensor] = {}
+    for operator in graph.operators:
+        if any(isinstance(work, Gemm | GroupedGemm) for work in operator.backward_weight(layout, impl)):
+            tensors |= {("value", tensor.name): tensor for tensor in operator.inputs[:1]}
+            tensors |= {("gradient", tensor.name): tensor for tensor in operator.outputs}
+    return sum(layout.elements(tensor) for tensor in tensors.values()) * impl.activation_bytes
+
+
+def weight_gradient_bytes(stage: Stage, layout: Layout, impl: Implementation) -> float:
+    """Bytes that one micro-batch holds between its input gradient and its weight gradient.
+
+    The inputs of the matrix products, and the gradients of their outputs (arXiv:2401.10241, section 2.2: 32 s b h for
+    a layer of GPT), the head's included.
+    """
+    layers = sum(times * _block_weight_gradient_bytes(graph, layout, impl) for graph, times in stage.layers)
+    return layers + sum(_block_weight_gradient_bytes(graph, layout, impl) for graph in stage.extras)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """The most that a rank holds of its micro-batches in flight: bytes, micro-batches, and when."""
+
+    size_bytes: float
+    micro_batches: float
+    moment: str
+
+
+_ACTION_WORDS = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
+
+
+def held_along(
+    table: Table, rank: int, stages: Sequence[Stage], layout: Layout, impl: Implementation, policy: Recompute
+) -> Held:
+    """What a rank holds at the fullest moment of an action table.
+
+    Parameters
+    ----------
+    table : Table
+    rank : int
+    stages : sequence of Stage
+        Every chunk by itself, in model order.
+    layout : Layout
+    impl : Implementation
+    policy : Recompute
+    """
+    own = [stages[stage_of(table.placement, len(table.rows), rank, chunk)] for chunk in range(table.chunks)]
+    kept = [stage_kept_bytes(stage, layout, impl, policy) for stage in own]
+    pending = [weight_gradient_bytes(stage, layout, impl) for stage in own]
+    actions = table.actions(rank)
+    most, at = held_peak(actions, kept, pending)
+    each = [1 / table.chunks] * table.chunks
+    moment = f"{_ACTION_WORDS[at.kind]} of micro-batch {at.micro_batch}, chunk {at.chunk}"
+    return Held(most, held_peak(actions, each, each)[0], moment)
 
 
 def stage_memory(
@@ -173,6 +249,7 @@ def stage_memory(
     optimizer: str,
     context_bytes: float,
     hsdp_shard: int = 1,
+    held: Held | None = None,
 ) -> StageMemory:
     """Peak memory of one rank of a stage.
 
@@ -189,17 +266,17 @@ def stage_memory(
         Device memory outside the framework's allocator.
     hsdp_shard : int
         Ranks of an HSDP group.
+    held : Held, optional
+        What the action table says of the micro-batches in flight; needed where a schedule has no closed form.
 
     Returns
     -------
     StageMemory
     """
-    chunks = in_flight_chunks(plan.schedule, plan.pp, plan.num_micro_batches, stage.rank, plan.vpp)
-    in_flight = chunks / plan.vpp
-    policy = plan.recompute
-
-    def kept(graph: Graph, is_layer: bool) -> float:
-        return kept_bytes(graph, layout, impl, policy) if is_layer else saved_bytes(graph, layout, impl)
+    m, policy = plan.num_micro_batches, plan.recompute
+    if held is None:
+        in_flight = in_flight_chunks(plan.schedule, plan.pp, m, stage.rank, plan.vpp) / plan.vpp
+        held = Held(stage_kept_bytes(stage, layout, impl, policy) * in_flight, in_flight, "")
 
     def layer_peak(graph: Graph) -> float:
         return layer_peak_bytes(graph, layout, impl, policy)
@@ -209,15 +286,17 @@ def stage_memory(
 
     working = working_bytes(stage, layer_peak, loss_peak)
     at_loss = stage.last and all(layer_peak(graph) < working for graph, _ in stage.layers)
+    head = head_bytes(stage, lambda graph, _: saved_bytes(graph, layout, impl))
     fixed = state_memory(stage, plan, layout, states, optimizer, hsdp_shard)
     by_kind = {kind: fixed[kind] for kind in ("parameters", "gradients", "optimizer")} | {
-        "activations": activation_bytes(stage, kept, in_flight, heads_in_flight(plan.schedule, chunks)),
+        "activations": held.size_bytes + head * heads_in_flight(plan.schedule, plan.pp, m),
         "working": working,
         "gathered": fixed["gathered"],
         "context": context_bytes,
     }
     moment = "loss" if at_loss else "backward of the first layer"
-    return StageMemory(rank=stage.rank, by_kind=by_kind, in_flight=in_flight, moment=moment)
+    moment = f"{moment}, after the {held.moment}" if held.moment else moment
+    return StageMemory(rank=stage.rank, by_kind=by_kind, in_flight=held.micro_batches, moment=moment)
 
 
 def _logits_bytes(graph: Graph, layout: Layout, impl: Implementation) -> float:

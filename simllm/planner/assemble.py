@@ -22,16 +22,17 @@ from simllm.models import Model
 from simllm.models.activations import saved_bytes
 from simllm.models.graph import Graph
 from simllm.parallel.memory import (
-    activation_bytes,
+    head_bytes,
     heads_in_flight,
     kept_bytes,
     layer_peak_bytes,
     loss_peak_bytes,
+    micro_batch_bytes,
     state_memory,
     working_bytes,
 )
 from simllm.parallel.plan import Plan
-from simllm.parallel.schedules import in_flight_chunks, pipeline_bubble
+from simllm.parallel.schedules import SCHEDULES, in_flight_chunks, pipeline_bubble
 from simllm.parallel.stages import Stage, pipeline_stages
 from simllm.planner.space import Cells, Structure
 from simllm.training import Training
@@ -39,9 +40,9 @@ from simllm.training.composition import (
     accumulation_s,
     data_parallel_s,
     over_blocks,
-    pipeline_transfers_s,
     sharded_exposure,
     step_s,
+    transfer_share,
     transfers_of,
 )
 from simllm.training.step import Step
@@ -331,13 +332,13 @@ class Assembly:
         self, frame: _Frame, structure: Structure, kinds: list[_Kind], passes: list[tuple[Floats, Floats]]
     ) -> Floats:
         overlap, m = self.training.software.overlap, frame.num_micro_batches
+        schedule = SCHEDULES[structure.schedule]
+        visible = transfer_share(structure.vpp, schedule, overlap)
         totals: list[Floats] = []
         onces: list[Floats] = []
         for kind, (forward, backward) in zip(kinds, passes, strict=True):
-            count = transfers_of(kind.stage, structure.pp, structure.vpp)
-            totals.append(
-                forward + backward + pipeline_transfers_s(count, frame.transfer_s, overlap, structure.schedule)
-            )
+            count = transfers_of(kind.stage, structure.pp, structure.vpp, schedule)
+            totals.append(forward + backward + frame.transfer_s * (count * visible))
             (update,) = self._shared(frame, structure, ("update", kind.key), partial(_update, stage=kind.stage))
             if structure.zero not in ("3", "hsdp"):
                 of = partial(Step.stage_traffic_s, stage=kind.stage)
@@ -347,7 +348,7 @@ class Assembly:
             onces.append(update)
         slowest = reduce(larger, totals)
         everyone = reduce(add, (total * len(kind.ranks) for total, kind in zip(totals, kinds, strict=True)))
-        return step_s(slowest, pipeline_bubble(slowest, everyone, structure.vpp), reduce(larger, onces), m)
+        return step_s(slowest * m, pipeline_bubble(slowest, everyone, structure.vpp), reduce(larger, onces))
 
     # -- memory ----------------------------------------------------------------------------------------------------
 
@@ -361,8 +362,12 @@ class Assembly:
                 max(in_flight_chunks(schedule, pp, int(m), rank, vpp) for rank in kind.ranks) for m in counts.tolist()
             ]
             in_flight = np.array([chunks / vpp for chunks in most])[inverse]
-            heads = np.array([float(heads_in_flight(schedule, chunks)) for chunks in most])[inverse]
-            held = activation_bytes(kind.stage, lambda graph, _: frame.blocks[id(graph)].kept_bytes, in_flight, heads)
+            heads = np.array([float(heads_in_flight(schedule, pp, int(m))) for m in counts.tolist()])[inverse]
+
+            def kept(graph: Graph, _: bool) -> Floats:
+                return frame.blocks[id(graph)].kept_bytes
+
+            held = micro_batch_bytes(kind.stage, kept) * in_flight + head_bytes(kind.stage, kept) * heads
             at_work = working_bytes(
                 kind.stage,
                 lambda graph: frame.blocks[id(graph)].peak_bytes,

@@ -8,7 +8,8 @@ from typing import Literal
 
 from simllm.errors import InputError, unknown_name
 from simllm.models.activations import Recompute
-from simllm.parallel.plan import PRECISIONS, SCHEDULES, ZERO_STAGES
+from simllm.parallel.plan import PRECISIONS, ZERO_STAGES
+from simllm.parallel.schedules import SCHEDULES
 
 __all__ = ["TP_WITHIN", "Constraints"]
 

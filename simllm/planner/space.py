@@ -19,7 +19,8 @@ from simllm.hardware import Cluster
 from simllm.models import Model
 from simllm.models.activations import Recompute
 from simllm.models.spec import AttentionSpec, MambaSpec, MoESpec
-from simllm.parallel.plan import SCHEDULES, Plan, Zero, even_split
+from simllm.parallel.plan import Plan, Zero, even_split
+from simllm.parallel.schedules import SCHEDULES
 from simllm.planner.constraints import Constraints
 from simllm.training import Training
 
@@ -246,7 +247,8 @@ class Space:
 
     def _schedules(self, pp: int, vpp: int) -> list[str]:
         # The one that frameworks run without being asked comes first.
-        ordered = sorted(SCHEDULES, key=lambda name: name != "1f1b")
+        closed = [name for name, schedule in SCHEDULES.items() if schedule.closed_form]
+        ordered = sorted(closed, key=lambda name: name != "1f1b")
         allowed = [name for name in ordered if self.constraints.allows("schedule", name)]
         able = [name for name in allowed if schedule_runs(name, pp, vpp, 4 * pp)]
         # One rank has nothing to schedule.

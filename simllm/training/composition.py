@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from simllm.elementwise import Real, larger, smaller
 from simllm.hardware.stack import Overlap
 from simllm.models.graph import Graph
+from simllm.parallel.schedules import Schedule
 from simllm.parallel.stages import Stage
 from simllm.training.cost import Cost
 
@@ -26,9 +27,9 @@ __all__ = [
     "data_parallel_s",
     "exposed",
     "over_blocks",
-    "pipeline_transfers_s",
     "sharded_exposure",
     "step_s",
+    "transfer_share",
     "transfers_of",
     "update_bytes",
 ]
@@ -81,18 +82,24 @@ def sharded_exposure(
     return exposed(gather_s, forward_s, share), exposed(gather_s + reduce_s, backward_s, share)
 
 
-def transfers_of(stage: Stage, pp: int, vpp: int) -> int:
+def transfers_of(stage: Stage, pp: int, vpp: int, schedule: Schedule) -> int:
     """Transfers of one micro-batch that a pipeline rank takes part in.
 
     Every chunk receives and sends once forward and once backward, except at the ends of the model; a send and the
-    receive of the same moment are one exchange.
+    receive of the same moment are one exchange. At the turn of a V a chunk hands over to one of its own rank.
     """
-    return 0 if pp == 1 else 2 * vpp - stage.first - stage.last
+    if pp == 1:
+        return 0
+    turns = schedule.placement == "v" and stage.rank == pp - 1
+    return 2 * max(vpp, schedule.copies) - stage.first - stage.last - 2 * turns
 
 
-def pipeline_transfers_s(count: int, transfer_s: Real, overlap: Overlap, schedule: str) -> Real:
-    """What shows of the transfers of one micro-batch between pipeline ranks."""
-    return transfer_s * (count * (overlap.pipeline_exposed.si if schedule == "interleaved" else 1.0))
+def transfer_share(vpp: int, schedule: Schedule, overlap: Overlap) -> float:
+    """The part of a transfer that occupies the ranks.
+
+    With one chunk a rank sends and waits; with several, other chunks have work meanwhile.
+    """
+    return 1.0 if vpp * schedule.copies == 1 else overlap.pipeline_exposed.si
 
 
 def data_parallel_s(
@@ -135,6 +142,6 @@ def update_bytes(
     return parameters * traffic + 2 * (moments[0] / degrees[0] + moments[1] / degrees[1])
 
 
-def step_s(busiest_s: Real, bubble_s: Real, once_s: Real, num_micro_batches: Real) -> Real:
+def step_s(busiest_s: Real, bubble_s: Real, once_s: Real) -> Real:
     """Seconds of a step: the busiest rank's micro-batches, the bubble, what is done once a step."""
-    return busiest_s * num_micro_batches + bubble_s + once_s
+    return busiest_s + bubble_s + once_s

@@ -41,10 +41,14 @@ class BlockGroups:
 
 @dataclass(frozen=True, slots=True)
 class BlockCost:
-    """Seconds of one block for one micro-batch: forward, and backward with what is recomputed."""
+    """Seconds of one block for one micro-batch: forward, and backward with what is recomputed.
+
+    ``weight_s``: what of the backward makes gradients of weights, which nothing waits for.
+    """
 
     forward: Cost
     backward: Cost
+    weight_s: float
 
 
 def implementation_of(stack: Stack, kernels: Kernels, precision: str) -> Implementation:
@@ -149,11 +153,13 @@ class Engine:
         precision, permute = self._treatment(operator)
         return self._price_work(operator.forward(layout, self.impl), precision, permute, 2)
 
-    def operator_backward(self, operator: Operator, layout: Layout) -> Cost:
-        """Seconds of the gradients of one operator's inputs and weights."""
+    def operator_backward(self, operator: Operator, layout: Layout) -> tuple[Cost, Cost]:
+        """Seconds of the gradients of one operator's inputs, and of its weights."""
         precision, permute = self._treatment(operator)
-        work = operator.backward_input(layout, self.impl) + operator.backward_weight(layout, self.impl)
-        return self._price_work(work, precision, permute, 4)
+        return (
+            self._price_work(operator.backward_input(layout, self.impl), precision, permute, 4),
+            self._price_work(operator.backward_weight(layout, self.impl), precision, permute, 4),
+        )
 
     def _treatment(self, operator: Operator) -> tuple[str, float]:
         high = operator.component in _HIGH_PRECISION_COMPONENTS
@@ -196,21 +202,25 @@ class Engine:
     # -- blocks ------------------------------------------------------------------------------------------------
 
     def _block(self, graph: Graph, layout: Layout, groups: BlockGroups, policy: Recompute, is_layer: bool) -> BlockCost:
-        forward, backward = self._passes(graph, layout, groups, is_layer)
+        forward, backward, weight_s = self._passes(graph, layout, groups, is_layer)
         if not is_layer or policy.kind == "none":
-            return BlockCost(forward, backward)
+            return BlockCost(forward, backward, weight_s)
         # With every n-th layer recomputed, an average layer runs that part of it again.
         again = self._again(graph, layout, groups, replace(policy, every=1))
-        return BlockCost(forward, backward + Cost(recompute=again * policy.fraction))
+        return BlockCost(forward, backward + Cost(recompute=again * policy.fraction), weight_s)
 
     def _price_operators(self, graph: Graph, layout: Layout) -> tuple[Cost, ...]:
         return tuple(self.operator_forward(operator, layout) for operator in graph.operators)
 
-    def _price_passes(self, graph: Graph, layout: Layout, groups: BlockGroups, is_layer: bool) -> tuple[Cost, Cost]:
-        """Forward and backward of a block, nothing recomputed."""
+    def _price_passes(
+        self, graph: Graph, layout: Layout, groups: BlockGroups, is_layer: bool
+    ) -> tuple[Cost, Cost, float]:
+        """Forward and backward of a block, nothing recomputed, and the seconds of its weights' gradients."""
         collectives = block_collectives(graph, layout, self.impl)
         forward = reduce(add, self._operators(graph, layout), Cost())
-        backward = reduce(add, (self.operator_backward(operator, layout) for operator in graph.operators), Cost())
+        gradients = [self.operator_backward(operator, layout) for operator in graph.operators]
+        weights = reduce(add, (of_weights for _, of_weights in gradients), Cost())
+        backward = reduce(add, (of_inputs for of_inputs, _ in gradients), weights)
         ahead = [c for c in collectives if c.phase == "forward"]
         behind = [c for c in collectives if c.phase == "backward"]
         forward += self._communication(ahead, groups, forward.attention)
@@ -220,7 +230,7 @@ class Engine:
             ratio = self.stack.costs.host_backward_ratio.si
             forward += Cost(host=max(0.0, host - forward.total))
             backward += Cost(host=max(0.0, host * ratio - backward.total))
-        return forward, backward
+        return forward, backward, weights.total
 
     def _price_again(self, graph: Graph, layout: Layout, groups: BlockGroups, policy: Recompute) -> float:
         """Seconds of what a recomputed layer runs again."""

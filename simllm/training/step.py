@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from math import gcd
 
 from simllm.hardware import Cluster
@@ -13,7 +13,7 @@ from simllm.models.activations import recomputed_operators
 from simllm.models.counts import operator_flops
 from simllm.models.graph import Graph, Layout
 from simllm.network import Group, price
-from simllm.parallel.memory import StageMemory, shard_degrees, stage_memory
+from simllm.parallel.memory import StageMemory, held_along, shard_degrees, stage_kept_bytes, stage_memory
 from simllm.parallel.placement import group_of
 from simllm.parallel.plan import Plan
 from simllm.parallel.schedules import pipeline_bubble
@@ -23,14 +23,15 @@ from simllm.training.composition import (
     accumulation_s,
     data_parallel_s,
     over_blocks,
-    pipeline_transfers_s,
     sharded_exposure,
     step_s,
+    transfer_share,
     transfers_of,
     update_bytes,
 )
 from simllm.training.cost import Cost
 from simllm.training.engine import BlockGroups, Engine
+from simllm.training.pipeline import PipelineRun
 from simllm.training.run import Training
 
 __all__ = ["Exchange", "StageTime", "Step", "StepTime", "engine_for"]
@@ -47,10 +48,14 @@ def engine_for(cluster: Cluster, stack: Stack, precision: str) -> Engine:
 
 @dataclass(frozen=True, slots=True)
 class StageTime:
-    """One micro-batch on one pipeline rank, all of its chunks together."""
+    """One micro-batch on one pipeline rank, all of its chunks together.
+
+    ``weight_s``: what of the backward makes gradients of weights.
+    """
 
     forward: Cost
     backward: Cost
+    weight_s: float
     p2p_s: float
 
     @property
@@ -102,15 +107,19 @@ class Step:
         )
         self.hsdp_shard = plan.hsdp_shard or gcd(plan.dp * plan.cp, max(1, cluster.gpus_per_domain // plan.tp))
         self.states: StateBytes = training.states(plan.precision)
-        self.stages = pipeline_stages(self.graph, plan.pp, plan.vpp, plan.uneven_layers)
+        self.stages = pipeline_stages(self.graph, plan.pp, plan.vpp, plan.uneven_layers, plan.pipeline.placement)
 
     # -- memory ------------------------------------------------------------------------------------------------
 
-    def memory(self) -> tuple[StageMemory, ...]:
-        """Peak memory of every pipeline rank."""
-        return tuple(self._rank_memory(stage) for stage in self.stages)
+    def memory(self, simulate: bool = False) -> tuple[StageMemory, ...]:
+        """Peak memory of every pipeline rank; ``simulate``: walk the action table also where a closed form exists."""
+        return tuple(self._rank_memory(stage, simulate) for stage in self.stages)
 
-    def _rank_memory(self, stage: Stage) -> StageMemory:
+    def _rank_memory(self, stage: Stage, simulate: bool = False) -> StageMemory:
+        held = None
+        if simulate or not self.plan.pipeline.closed_form:
+            run = self.pipeline_run
+            held = held_along(run.table, stage.rank, run.stages, self.layout, self.engine.impl, self.plan.recompute)
         return stage_memory(
             stage,
             self.plan,
@@ -120,7 +129,12 @@ class Step:
             self.training.optimizer,
             self.stack.costs.context.si,
             self.hsdp_shard,
+            held,
         )
+
+    def kept_bytes(self, stage: Stage) -> float:
+        """Bytes that one micro-batch keeps on a stage for its backward pass."""
+        return stage_kept_bytes(stage, self.layout, self.engine.impl, self.plan.recompute)
 
     def first_overflow(self, usable_bytes: float) -> StageMemory | None:
         """The first pipeline rank found that needs more than there is, or None where all fit.
@@ -135,15 +149,15 @@ class Step:
 
     # -- one micro-batch on one rank -----------------------------------------------------------------------------
 
-    def _block(self, graph: Graph, is_layer: bool) -> tuple[Cost, Cost]:
+    def _block(self, graph: Graph, is_layer: bool) -> tuple[Cost, Cost, float]:
         cost = self.engine.block(graph, self.layout, self.groups, self.plan.recompute, is_layer)
         if not self.plan.shards_parameters:
             added = accumulation_s(self.accumulation_stream_s(graph), self.plan.num_micro_batches)
-            return cost.forward, cost.backward + Cost(elementwise=added)
+            return cost.forward, cost.backward + Cost(elementwise=added), cost.weight_s + added
         gather, reduce = self.block_traffic_s(graph)
         share = self.stack.overlap.fully_sharded_exposed.si
         ahead, behind = sharded_exposure(gather, reduce, cost.forward.total, cost.backward.total, share)
-        return cost.forward + Cost(data_parallel=ahead), cost.backward + Cost(data_parallel=behind)
+        return cost.forward + Cost(data_parallel=ahead), cost.backward + Cost(data_parallel=behind), cost.weight_s
 
     def accumulation_stream_s(self, graph: Graph) -> float:
         """Seconds to add one micro-batch's gradients of a block to those before."""
@@ -184,7 +198,9 @@ class Step:
         plan = self.plan
         experts = group_of(plan, "expert_dp")
         if plan.zero != "hsdp":
-            return ("dp", dense, group_of(plan, "dp"), _ALONE), ("expert_dp", expert, experts, _ALONE)
+            # Where the pipeline holds two copies of the model, the ranks of one stage sum their gradients too.
+            twin = Group(size=2, stride=group_of(plan, "pp").stride) if plan.pipeline.copies == 2 else _ALONE
+            return ("dp", dense, group_of(plan, "dp"), twin), ("expert_dp", expert, experts, twin)
         size = gcd(experts.size, shard_degrees(plan, self.hsdp_shard)[1])
         return (
             (
@@ -212,44 +228,75 @@ class Step:
         size = self.layout.elements(self.graph.layers[-1].output) * self.engine.impl.activation_bytes
         return Exchange("pp", "send_recv", group_of(self.plan, "pp"), size)
 
-    def transfer_s(self) -> float:
-        """Seconds of one transfer of a micro-batch between neighbouring stages."""
-        return self.exchange_s([self.p2p()]) if self.plan.pp > 1 else 0.0
+    @cached_property
+    def transfer_s(self) -> tuple[float, float]:
+        """Seconds of a transfer between stages, and the share of it that occupies the ranks."""
+        if self.plan.pp == 1:
+            return 0.0, 0.0
+        share = transfer_share(self.plan.vpp, self.plan.pipeline, self.stack.overlap)
+        return self.exchange_s([self.p2p()]), share
 
     def stage_time(self, stage: Stage) -> StageTime:
-        """One micro-batch on one pipeline rank."""
+        """One micro-batch on one pipeline rank, transfers apart."""
         blocks = {id(graph): self._block(graph, True) for graph, _ in stage.layers}
         blocks |= {id(graph): self._block(graph, False) for graph in stage.extras}
-        forward = over_blocks(stage, lambda graph, is_layer: blocks[id(graph)][0])
-        backward = over_blocks(stage, lambda graph, is_layer: blocks[id(graph)][1])
-        overlap = self.stack.overlap
-        transfers = pipeline_transfers_s(
-            transfers_of(stage, self.plan.pp, self.plan.vpp), self.transfer_s(), overlap, self.plan.schedule
+        return StageTime(
+            over_blocks(stage, lambda graph, is_layer: blocks[id(graph)][0]),
+            over_blocks(stage, lambda graph, is_layer: blocks[id(graph)][1]),
+            over_blocks(stage, lambda graph, is_layer: blocks[id(graph)][2]),
+            0.0,
         )
-        return StageTime(forward, backward, transfers)
 
     # -- the step ------------------------------------------------------------------------------------------------
 
-    def time(self) -> StepTime:
-        """Seconds of the step by cause."""
+    @cached_property
+    def pipeline_run(self) -> PipelineRun:
+        """The step's pipeline, event by event."""
+        return PipelineRun(self)
+
+    def time(self, simulate: bool = False) -> StepTime:
+        """Seconds of the step by cause.
+
+        Parameters
+        ----------
+        simulate : bool
+            Run the action table also where the schedule has a closed form.
+        """
         plan = self.plan
-        times = self._stage_times()
+        transfer, visible = self.transfer_s
+        times = [
+            replace(time, p2p_s=transfers_of(stage, plan.pp, plan.vpp, plan.pipeline) * transfer * visible)
+            for stage, time in zip(self.stages, self.stage_times(self.stages), strict=True)
+        ]
+        # Where the pipeline holds two copies of the model, half of the micro-batches pass each.
+        m = plan.num_micro_batches / plan.pipeline.copies
         totals = [time.total_s for time in times]
-        busiest = max(range(plan.pp), key=totals.__getitem__)
-        m = plan.num_micro_batches
+        hidden = [0.0] * plan.pp
+        exact = simulate or not plan.pipeline.closed_form
+        if exact:
+            hidden = [self.pipeline_run.hidden_s(rank) for rank in range(plan.pp)]
+        busy = [m * total - saved for total, saved in zip(totals, hidden, strict=True)]
+        busiest = max(range(plan.pp), key=busy.__getitem__)
         bubble = pipeline_bubble(totals[busiest], sum(totals), plan.vpp)
+        if exact:
+            bubble = max(0.0, self.pipeline_run.total_s - busy[busiest])
         once = max((self._once_per_step(stage, time) for stage, time in zip(self.stages, times, strict=True)), key=sum)
         by_cause = ((times[busiest].forward + times[busiest].backward) * m).by_cause()
         by_cause["data_parallel"] += once[0]
         by_cause["pipeline_p2p"] = times[busiest].p2p_s * m
+        # What runs beside computation is transfers first, then the experts' exchanges.
+        beside = min(hidden[busiest], by_cause["pipeline_p2p"])
+        by_cause["pipeline_p2p"] -= beside
+        by_cause["expert_parallel"] -= hidden[busiest] - beside
         by_cause["pipeline_bubble"] = bubble
         by_cause["optimizer"] = once[1]
-        return StepTime(total_s=step_s(totals[busiest], bubble, sum(once), m), by_cause=by_cause, busiest_stage=busiest)
+        return StepTime(total_s=step_s(busy[busiest], bubble, sum(once)), by_cause=by_cause, busiest_stage=busiest)
 
-    def _stage_times(self) -> list[StageTime]:
+    def stage_times(self, stages: tuple[Stage, ...]) -> list[StageTime]:
+        """One micro-batch on each of some stages; equal ones are priced once."""
         known: dict[tuple[object, ...], StageTime] = {}
         times = []
-        for stage in self.stages:
+        for stage in stages:
             key = (stage.layers, stage.extras, stage.first, stage.last)
             if key not in known:
                 known[key] = self.stage_time(stage)

@@ -131,7 +131,7 @@ def test_every_plan_of_a_survey_is_a_plan() -> None:
 def test_formulas_take_numbers_and_arrays(rows: list[tuple[float, float, float]], share: float) -> None:
     a, b, c = (np.array(column) for column in zip(*rows, strict=True))
     assert exposed(a, b, share).tolist() == [exposed(x, y, share) for x, y, _ in rows]
-    assert step_s(a, b, c, a).tolist() == [step_s(x, y, z, x) for x, y, z in rows]
+    assert step_s(a, b, c).tolist() == [step_s(x, y, z) for x, y, z in rows]
     assert larger(a, b).tolist() == [max(x, y) for x, y, _ in rows]
     assert smaller(0.5, b).tolist() == [min(0.5, y) for _, y, _ in rows]
     assert pipeline_bubble(a, a + b, 2).tolist() == [pipeline_bubble(x, x + y, 2) for x, y, _ in rows]

@@ -12,7 +12,8 @@ from simllm.hardware import Cluster
 from simllm.models import Model
 from simllm.models.activations import Recompute
 from simllm.parallel import Plan
-from simllm.parallel.plan import SCHEDULES, ZERO_STAGES, even_split
+from simllm.parallel.plan import ZERO_STAGES, even_split
+from simllm.parallel.schedules import SCHEDULES
 from simllm.planner import Constraints, PlanSearch, plan
 from simllm.planner.compare import parse_plan
 from simllm.planner.sizes import at_most, exactly
@@ -37,7 +38,7 @@ def brute_force(model: Model, cluster: Cluster, training: Training, batch: int) 
         if gpus % (tp * pp * cp) == 0 and training.seq_len // cp >= 512
     ]
     for (tp, pp, cp, dp), ep in product(degrees, divisors(8) if moe else [1]):
-        for vpp, schedule in ((n, name) for n in range(1, layers // pp + 1) for name in SCHEDULES):
+        for vpp, schedule in ((n, name) for n in range(1, layers // pp + 1) for name, kind in SCHEDULES.items() if kind.closed_form):
             for size, zero, recompute, sp in product(divisors(batch, 16), ZERO_STAGES, POLICIES, (False, True)):
                 try:
                     candidate = Plan(

@@ -81,7 +81,7 @@ SequenceParallel = Annotated[
     ),
 ]
 UnevenLayers = Annotated[
-    bool, typer.Option("--uneven-layers", help="Also interleave chunks that the layers do not divide into.")
+    bool, typer.Option("--uneven-layers", help="Also interleave unequal chunks where equal ones exist.")
 ]
 TpWithin = Annotated[
     str, typer.Option("--tp-within", metavar="REACH", help="Tensor parallelism inside a node, a domain or the cluster.")

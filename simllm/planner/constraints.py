@@ -39,7 +39,7 @@ class Constraints:
         The recomputation policies allowed.
     sequence_parallel : bool, optional
     uneven_layers : bool
-        Also interleave chunks that the layers do not divide into.
+        Also interleave chunks of different sizes where there are equal ones.
     tp_within : {"node", "domain", "cluster"}
         How far tensor parallelism may reach.
     max_days, max_usd : float, optional

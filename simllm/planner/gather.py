@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import NoReturn
 
 import numpy as np
@@ -17,8 +18,9 @@ from simllm.planner.candidate import Candidate
 from simllm.planner.compare import Comparison
 from simllm.planner.constraints import Constraints
 from simllm.planner.fixes import fix_of, nearest_fixes
+from simllm.planner.simulated import open_schedules, stand_in, with_schedule
 from simllm.planner.space import Cells, Space
-from simllm.planner.survey import Survey, survey
+from simllm.planner.survey import TOO_SLOW, Survey, survey
 from simllm.training import Estimate, Training, estimate
 from simllm.training.step import engine_for
 
@@ -26,6 +28,8 @@ __all__ = ["Gathering", "Question"]
 
 #: Plans that differ by less than rounding are as fast as each other.
 _SAME = 1e-12
+#: Plans that are run event by event for a schedule without a closed form.
+_SIMULATED = 48
 #: How many doublings of the GPUs are tried for a model that does not fit.
 _DOUBLINGS = 6
 
@@ -134,6 +138,8 @@ class Gathering:
             merged = Counter(self.fixes.get(reason, {})) + Counter(changes)
             self.fixes[reason] = dict(merged.most_common())
         some = [_candidate(found, int(number)) for number in found.feasible[: self.keep]]
+        for schedule in open_schedules(self.question.constraints):
+            some += self._simulated(cluster, clusters, schedule)
         self.best = sorted([*self.best, *some], key=self._key)[: self.keep]
         self._extend_front(found)
         for answer in (*self.compared, *(fix[1] for fix in self._fixes if fix)):
@@ -142,6 +148,25 @@ class Gathering:
             able = np.flatnonzero(found.fits)
             number = able[np.argmin(found.time_s[able])] if len(able) else np.argmin(found.peak_bytes)
             self._remember(_candidate(found, int(number)), bool(len(able)))
+
+    def _simulated(self, cluster: Cluster, clusters: Sequence[Cluster], schedule: str) -> list[Candidate]:
+        """The best plans of the nearest schedule with a closed form, run event by event in this one."""
+        question = self.question
+        near = replace(question, constraints=stand_in(question.constraints, schedule)).survey(cluster, clusters)
+        plans = with_schedule((near.plan(int(number)) for number in near.feasible), schedule)
+        slowest, found = question.slowest_step_s(cluster), []
+        for plan in islice(plans, _SIMULATED):
+            answer = estimate(question.model, cluster, plan, question.training)
+            self.priced += 1
+            if not answer.fits:
+                self.rejected[f"out of memory when simulated with {schedule}"] += 1
+            elif answer.step_time_s > slowest:
+                self.rejected[TOO_SLOW] += 1
+            else:
+                self.feasible += 1
+                seconds, peak = answer.step_time_s, answer.peak_memory_bytes
+                found.append(Candidate(cluster=cluster, plan=plan, step_time_s=seconds, peak_bytes=peak))
+        return found
 
     def _key(self, candidate: Candidate) -> tuple[float, ...]:
         seconds = candidate.step_time_s
@@ -171,11 +196,11 @@ class Gathering:
         if self.nearest is None or distance < self._distance:
             self.nearest, self._distance = candidate, distance
 
-    def comparisons(self, best: Estimate | None) -> tuple[Comparison, ...]:
-        """How the given plans rank."""
+    def comparisons(self, best: Estimate | None, exact: list[Estimate]) -> tuple[Comparison, ...]:
+        """How the given plans rank; ``exact`` are their estimates as they are shown."""
         return tuple(
             Comparison(
-                answer=answer,
+                answer=shown,
                 best=best,
                 rank=self._better[id(answer)] + 1,
                 feasible=self.feasible,
@@ -183,7 +208,7 @@ class Gathering:
                 fixed=fix[1] if fix else None,
                 fixed_rank=self._better[id(fix[1])] + 1 if fix else None,
             )
-            for answer, fix in zip(self.compared, self._fixes, strict=True)
+            for answer, shown, fix in zip(self.compared, exact, self._fixes, strict=True)
         )
 
     # -- when there is no answer ---------------------------------------------------------------------------------

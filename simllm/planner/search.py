@@ -118,6 +118,7 @@ def plan(
     tokens: int | None = None,
     usd_per_gpu_hour: float | None = None,
     compare: Sequence[Plan] = (),
+    simulate: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> PlanSearch:
     """The best plans for a model on a cluster.
@@ -147,6 +148,9 @@ def plan(
         Price of one device; that of its profile when omitted.
     compare : sequence of Plan
         Plans to be ranked among the others; they use the cluster's GPUs.
+    simulate : bool
+        Run the pipelines of the best plans and of those compared event by event before they are returned; the search
+        itself uses the closed forms of the schedules.
     progress : callable, optional
         Called now and then with the number of plans priced so far.
 
@@ -187,9 +191,9 @@ def plan(
             break
     if not found.priced:
         found.refuse()
-    # What the arrays say is checked plan by plan before it is shown.
-    checked = [estimate(model, c.cluster, c.plan, training) for c in found.best]
+    checked = [estimate(model, c.cluster, c.plan, training, simulate=simulate) for c in found.best]
     best = tuple(sorted(checked, key=_order(objective))[:top])
+    exact = [estimate(model, cluster, given, training, simulate=simulate) for given in compare]
     nearest = found.nearest
     return PlanSearch(
         plans=best,
@@ -198,7 +202,7 @@ def plan(
         rejected=dict(found.rejected.most_common()),
         fixes=found.fixes,
         front=tuple(found.front),
-        comparisons=found.comparisons(best[0] if best else None),
+        comparisons=found.comparisons(best[0] if best else None, exact),
         changes=() if best else found.changes(cluster, clusters),
         seconds=time.perf_counter() - started,
         priced=found.priced,

@@ -232,10 +232,13 @@ class Space:
         layers = self.model.spec.num_hidden_layers
         for precision in self.constraints.precision:
             for pp in self._axis("pp", divisors(self.cluster.num_gpus)):
-                for vpp in self._axis("vpp", list(range(1, max(1, layers // pp) + 1)) if pp > 1 else [1]):
+                counts = self._axis("vpp", list(range(1, max(1, layers // pp) + 1)) if pp > 1 else [1])
+                # Chunks of different sizes are a choice where no chunks are equal, and where they are asked for.
+                even = any(even_split(layers, pp * vpp) is not None for vpp in counts if vpp > 1)
+                for vpp in counts:
                     uneven = even_split(layers, pp * vpp) is None
-                    if uneven and vpp > 1 and not self.constraints.uneven_layers:
-                        continue  # not a choice that anyone would make by hand
+                    if uneven and vpp > 1 and even and not self.constraints.uneven_layers:
+                        continue
                     if pp * vpp > layers:
                         yield "fewer layers than pipeline stages"
                         continue

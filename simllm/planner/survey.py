@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
     Ints = NDArray[np.int64]
 
-__all__ = ["STATES_TOO_LARGE", "Survey", "survey"]
+__all__ = ["STATES_TOO_LARGE", "TOO_SLOW", "Survey", "survey"]
 
 STATES_TOO_LARGE = "out of memory: the model and optimizer states alone"
-_TOO_SLOW = "takes longer or costs more than allowed"
+TOO_SLOW = "takes longer or costs more than allowed"
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +91,7 @@ class Survey:
     def faults(self) -> tuple[Ints, tuple[str, ...]]:
         """For every plan the reason it is not feasible for, as a position in a list; -1 for those that are."""
         policies = self.cells.values["recompute"]
-        reasons = (STATES_TOO_LARGE, _TOO_SLOW, *(f"out of memory with recompute={policy}" for policy in policies))
+        reasons = (STATES_TOO_LARGE, TOO_SLOW, *(f"out of memory with recompute={policy}" for policy in policies))
         fault = self.cells.columns["recompute"][self.cell] + 2
         fault[self.state_bytes > self.usable_bytes] = 0
         fault[self.fits] = 1

@@ -38,7 +38,9 @@ def brute_force(model: Model, cluster: Cluster, training: Training, batch: int) 
         if gpus % (tp * pp * cp) == 0 and training.seq_len // cp >= 512
     ]
     for (tp, pp, cp, dp), ep in product(degrees, divisors(8) if moe else [1]):
-        for vpp, schedule in ((n, name) for n in range(1, layers // pp + 1) for name, kind in SCHEDULES.items() if kind.closed_form):
+        for vpp, schedule in (
+            (n, name) for n in range(1, layers // pp + 1) for name, kind in SCHEDULES.items() if kind.closed_form
+        ):
             for size, zero, recompute, sp in product(divisors(batch, 16), ZERO_STAGES, POLICIES, (False, True)):
                 try:
                     candidate = Plan(
@@ -79,9 +81,8 @@ def test_nothing_is_missed(name: str, gpus: int, batch: int, memory: float) -> N
         cluster = replace(cluster, num_gpus=6)
     everything = brute_force(model, cluster, training, batch)
     assert everything
-    found = plan(
-        model, cluster, training, global_batch_size=batch, top=10**6, constraints=Constraints(recompute=POLICIES)
-    )
+    wanted = Constraints(recompute=POLICIES)
+    found = plan(model, cluster, training, global_batch_size=batch, top=10**6, constraints=wanted, simulate=False)
     best, searched = found.plans[0], {answer.plan: answer for answer in found.plans}
     assert best.step_time_s == pytest.approx(min(seconds for seconds, _ in everything.values()), rel=1e-12)
     # Every plan found is one of brute force. What brute force has beside them is no choice: full sharding over one
@@ -104,7 +105,8 @@ def degrees_of(split: Plan) -> tuple[object, ...]:
 def test_experts_are_not_missed() -> None:
     model, training, cluster = Model.load("switch-base-8"), Training(seq_len=512), Cluster.load("dgx-h100", 2)
     everything = brute_force(model, cluster, training, 2)
-    found = plan(model, cluster, training, global_batch_size=2, constraints=Constraints(recompute=POLICIES))
+    wanted = Constraints(recompute=POLICIES)
+    found = plan(model, cluster, training, global_batch_size=2, constraints=wanted, simulate=False)
     assert {candidate.ep for candidate in everything} == {1, 2}
     assert found.plans[0].step_time_s == pytest.approx(min(seconds for seconds, _ in everything.values()), rel=1e-12)
 
@@ -122,6 +124,32 @@ def test_counts_add_up_and_every_plan_fits() -> None:
     assert "slower" in found.why[-1] or "as fast" in found.why[-1]
     assert "matrix products" in found.limits
     assert any(reason.startswith("out of memory") for reason in found.rejected)
+
+
+def test_best_plans_are_run_event_by_event() -> None:
+    model, cluster = Model.load("llama-3-70b"), Cluster.load("dgx-h100", 128)
+    wanted = Constraints(pp=(8,), tp=(4, 8))
+    found = plan(model, cluster, TRAINING, global_batch_size=256, top=4, constraints=wanted)
+    times = [estimate(model, cluster, answer.plan, TRAINING, simulate=True).step_time_s for answer in found.plans]
+    assert [answer.step_time_s for answer in found.plans] == times
+    assert times == sorted(times)
+    closed = plan(model, cluster, TRAINING, global_batch_size=256, top=4, constraints=wanted, simulate=False)
+    assert closed.plans[0].step_time_s == pytest.approx(times[0], rel=0.01)
+
+
+def test_schedules_without_a_closed_form_are_simulated() -> None:
+    model, cluster = Model.load("llama-2-7b"), Cluster.load("dgx-h100", 32)
+    few = Constraints(pp=(4,), tp=(1, 2), cp=(1,), schedule=("zb-h1", "1f1b"), zero=("1",))
+    found = plan(model, cluster, TRAINING, global_batch_size=64, top=200, constraints=few)
+    by_schedule = {name: [a for a in found.plans if a.plan.schedule == name] for name in ("zb-h1", "1f1b")}
+    assert by_schedule["zb-h1"]
+    best = {name: min(a.step_time_s for a in answers) for name, answers in by_schedule.items()}
+    # Input gradients do not wait for weight gradients: a third of the bubble, at the least, is gone.
+    assert best["zb-h1"] < best["1f1b"]
+    assert found.plans[0].plan.schedule == "zb-h1"
+    only = plan(model, cluster, TRAINING, global_batch_size=64, constraints=replace(few, schedule=("zb-h1",)))
+    assert {answer.plan.schedule for answer in only.plans} == {"zb-h1"}
+    assert only.searched == only.feasible + sum(only.rejected.values())
 
 
 def test_nothing_fits() -> None:
@@ -314,7 +342,16 @@ def test_numbers_of_gpus() -> None:
 def test_no_plan_of_the_front_is_beaten() -> None:
     cluster = Cluster.load("dgx-h100", 32)
     few = Constraints(tp=(2, 4), cp=(1,), zero=("1", "3"), vpp=(1,), recompute=(Recompute(), Recompute(kind="full")))
-    found = plan(LLAMA_7B, cluster, TRAINING, global_batch_size=32, sizes=at_most(cluster), constraints=few, top=10**6)
+    found = plan(
+        LLAMA_7B,
+        cluster,
+        TRAINING,
+        global_batch_size=32,
+        sizes=at_most(cluster),
+        constraints=few,
+        top=10**6,
+        simulate=False,
+    )
     points = {(a.step_time_s, a.plan.num_gpus, a.peak_memory_bytes) for a in found.plans}
     kept = {(float(f"{c.step_time_s:.9g}"), c.plan.num_gpus, float(f"{c.peak_bytes:.9g}")) for c in found.front}
     expected = {p for p in points if not any(q != p and all(x <= y for x, y in zip(q, p, strict=True)) for q in points)}
@@ -361,9 +398,9 @@ def test_fixes_make_plans_fit() -> None:
 def test_given_plans_are_ranked() -> None:
     cluster = Cluster.load("dgx-h100", 64)
     few = Constraints(tp=(2, 4), cp=(1,), micro_batch_size=(1,), sequence_parallel=True, zero=("1",))
-    everything = plan(LLAMA_7B, cluster, TRAINING, global_batch_size=64, constraints=few, top=10**6)
+    everything = plan(LLAMA_7B, cluster, TRAINING, global_batch_size=64, constraints=few, top=10**6, simulate=False)
     given = [everything.plans[0].plan, everything.plans[40].plan]
-    found = plan(LLAMA_7B, cluster, TRAINING, global_batch_size=64, constraints=few, compare=given)
+    found = plan(LLAMA_7B, cluster, TRAINING, global_batch_size=64, constraints=few, compare=given, simulate=False)
     first, other = found.comparisons
     assert first.rank == 1
     slower = [a for a in everything.plans if a.step_time_s < other.answer.step_time_s * (1 - 1e-9)]

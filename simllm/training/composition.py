@@ -11,12 +11,13 @@ from functools import reduce
 from operator import add
 from typing import TYPE_CHECKING, TypeVar
 
-from simllm.elementwise import Real, larger, smaller
+from simllm.elementwise import Real
 from simllm.hardware.stack import Overlap
 from simllm.models.graph import Graph
 from simllm.parallel.schedules import Schedule
 from simllm.parallel.stages import Stage
 from simllm.training.cost import Cost
+from simllm.training.exposure import exposed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 __all__ = [
     "accumulation_s",
     "data_parallel_s",
-    "exposed",
     "over_blocks",
     "sharded_exposure",
     "step_s",
@@ -49,17 +49,6 @@ def over_blocks(stage: Stage, block: Callable[[Graph, bool], _Summed]) -> _Summe
     parts = [block(graph, True) * times for graph, times in stage.layers]
     parts += [block(graph, False) for graph in stage.extras]
     return reduce(add, parts)
-
-
-def exposed(communication_s: Real, window_s: Real, share: float) -> Real:
-    """Communication that shows beside a window of computation.
-
-    What does not fit into the window shows, and of the rest the share that the software leaves visible.
-
-    >>> exposed(3.0, 2.0, 0.5), exposed(1.0, 2.0, 0.0), exposed(1.0, 2.0, 1.0)
-    (2.0, 0.0, 1.0)
-    """
-    return larger(0.0, communication_s - window_s) + share * smaller(communication_s, window_s)
 
 
 def accumulation_s(stream_s: Real, num_micro_batches: Real) -> Real:

@@ -20,8 +20,8 @@ from simllm.models.operators import Combine, Dispatch
 from simllm.models.work import AttentionWork, Gemm, GroupedGemm, Work
 from simllm.network import Group, price
 from simllm.parallel.communication import Collective, block_collectives
-from simllm.training.composition import exposed
 from simllm.training.cost import Cost
+from simllm.training.exposure import exposed
 
 __all__ = ["BlockCost", "BlockGroups", "Engine", "implementation_of"]
 

@@ -31,6 +31,7 @@ from simllm.training.composition import (
 )
 from simllm.training.cost import Cost
 from simllm.training.engine import BlockGroups, Engine
+from simllm.training.offload import HostWork, host_of
 from simllm.training.pipeline import PipelineRun
 from simllm.training.run import Training
 
@@ -107,6 +108,8 @@ class Step:
         )
         self.hsdp_shard = plan.hsdp_shard or gcd(plan.dp * plan.cp, max(1, cluster.gpus_per_domain // plan.tp))
         self.states: StateBytes = training.states(plan.precision)
+        if plan.offload.anything:
+            host_of(self)
         self.stages = pipeline_stages(self.graph, plan.pp, plan.vpp, plan.uneven_layers, plan.pipeline.placement)
 
     # -- memory ------------------------------------------------------------------------------------------------
@@ -240,12 +243,13 @@ class Step:
         """One micro-batch on one pipeline rank, transfers apart."""
         blocks = {id(graph): self._block(graph, True) for graph, _ in stage.layers}
         blocks |= {id(graph): self._block(graph, False) for graph in stage.extras}
-        return StageTime(
-            over_blocks(stage, lambda graph, is_layer: blocks[id(graph)][0]),
-            over_blocks(stage, lambda graph, is_layer: blocks[id(graph)][1]),
-            over_blocks(stage, lambda graph, is_layer: blocks[id(graph)][2]),
-            0.0,
-        )
+        forward = over_blocks(stage, lambda graph, is_layer: blocks[id(graph)][0])
+        backward = over_blocks(stage, lambda graph, is_layer: blocks[id(graph)][1])
+        weight_s = over_blocks(stage, lambda graph, is_layer: blocks[id(graph)][2])
+        if self.plan.offload.anything:
+            ahead, behind = HostWork(self).per_micro_batch(stage, forward.total, backward.total)
+            forward, backward = forward + ahead, backward + behind
+        return StageTime(forward, backward, weight_s, 0.0)
 
     # -- the step ------------------------------------------------------------------------------------------------
 
@@ -283,6 +287,7 @@ class Step:
         once = max((self._once_per_step(stage, time) for stage, time in zip(self.stages, times, strict=True)), key=sum)
         by_cause = ((times[busiest].forward + times[busiest].backward) * m).by_cause()
         by_cause["data_parallel"] += once[0]
+        by_cause["offload"] += once[2]
         by_cause["pipeline_p2p"] = times[busiest].p2p_s * m
         # What runs beside computation is transfers first, then the experts' exchanges.
         beside = min(hidden[busiest], by_cause["pipeline_p2p"])
@@ -303,14 +308,16 @@ class Step:
             times.append(known[key])
         return times
 
-    def _once_per_step(self, stage: Stage, time: StageTime) -> tuple[float, float]:
-        """Data-parallel traffic that shows, and the optimizer, on one rank."""
-        if self.plan.shards_parameters:
-            return 0.0, self.update_s(stage)  # the traffic is part of every block
-        reduce, gather = self.stage_traffic_s(stage)
-        forward, backward = time.forward.total, time.backward.total
-        shown = data_parallel_s(reduce, gather, forward, backward, self.reductions_per_step, self.stack.overlap)
-        return shown, self.update_s(stage)
+    def _once_per_step(self, stage: Stage, time: StageTime) -> tuple[float, float, float]:
+        """Data-parallel traffic that shows, the optimizer, and transfers to the host that show, on one rank."""
+        forward, backward, traffic = time.forward.total, time.backward.total, 0.0
+        if not self.plan.shards_parameters:  # otherwise the traffic is part of every block
+            reduce, gather = self.stage_traffic_s(stage)
+            traffic = data_parallel_s(reduce, gather, forward, backward, self.reductions_per_step, self.stack.overlap)
+        if self.plan.offload.moves("optimizer"):
+            shown, update = HostWork(self).per_step(stage, backward)
+            return traffic, update, shown
+        return traffic, self.update_s(stage), 0.0
 
     @property
     def reductions_per_step(self) -> int:
@@ -332,6 +339,12 @@ class Step:
         """Bytes of optimizer moments of a stage's dense and expert weights, before sharding."""
         element = self.states.moment_element
         return stage_moments(stage, self.layout, self.plan.pp, self.training.optimizer, element)
+
+    def owned_moments(self, stage: Stage) -> tuple[float, float]:
+        """The same on one rank."""
+        by = (1, 1) if self.plan.zero == "0" else shard_degrees(self.plan, self.hsdp_shard)
+        moments = self.moments(stage)
+        return moments[0] / by[0], moments[1] / by[1]
 
     # -- FLOPs ---------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,8 @@ from simllm.planner.constraints import Constraints
 from simllm.planner.space import Cells, Space
 from simllm.planner.survey import Survey, survey
 from simllm.training import Training, estimate
-from simllm.training.composition import exposed, step_s
+from simllm.training.composition import step_s
+from simllm.training.exposure import exposed
 
 
 def evaluated(

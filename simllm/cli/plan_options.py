@@ -29,6 +29,7 @@ __all__ = [
     "MaxUsd",
     "MicroBatchSizes",
     "Mtp",
+    "Offloads",
     "Policies",
     "Pp",
     "Precisions",
@@ -71,6 +72,14 @@ MicroBatchSizes = Annotated[
 Policies = Annotated[
     str | None, typer.Option("--recompute", metavar="POLICY,...", help="Only these: none, selective, full, every:N.")
 ]
+Offloads = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--offload",
+        metavar="WHAT",
+        help="Only this off the devices, such as none or optimizer,gradients; may be repeated. Default: none.",
+    ),
+]
 Schedules = Annotated[str | None, typer.Option("--schedule", metavar="NAME,...", help="Only these pipeline schedules.")]
 SequenceParallel = Annotated[
     bool | None,
@@ -109,6 +118,7 @@ def make_constraints(
     zero: str | None,
     micro_batch_size: str | None,
     recompute: str | None,
+    offload: Sequence[str] | None,
     schedule: str | None,
     precision: str,
     sequence_parallel: bool | None,
@@ -119,6 +129,7 @@ def make_constraints(
 ) -> Constraints:
     """What the options ask of a plan."""
     from simllm.models.activations import Recompute
+    from simllm.parallel.offload import Offload
     from simllm.planner import Constraints
 
     return Constraints(
@@ -133,6 +144,7 @@ def make_constraints(
         schedule=_words(schedule, "--schedule"),
         precision=_words(precision, "--precision"),
         recompute=tuple(Recompute.parse(word) for word in _words(recompute, "--recompute")),
+        offload=tuple(Offload.parse(text) for text in offload or ("none",)),
         sequence_parallel=sequence_parallel,
         uneven_layers=uneven_layers,
         tp_within=cast("Literal['node', 'domain', 'cluster']", tp_within),

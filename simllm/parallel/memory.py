@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from functools import lru_cache, reduce
 from operator import add
 
-from simllm.elementwise import Real, larger
+from simllm.elementwise import Real, larger, smaller
 from simllm.models.activations import Recompute, saved_bytes
 from simllm.models.graph import Graph, Implementation, Layout, Tensor
 from simllm.models.work import Gemm, GroupedGemm
-from simllm.parallel.offload import OFFLOADED
+from simllm.parallel.offload import STATES
 from simllm.parallel.plan import Plan
 from simllm.parallel.schedules import Table, held_peak, in_flight_chunks, stage_of
 from simllm.parallel.stages import Stage, block_weights, stage_moments, stage_weights
@@ -32,10 +32,12 @@ __all__ = [
     "layer_peak_bytes",
     "loss_peak_bytes",
     "micro_batch_bytes",
+    "resident_activations",
     "shard_degrees",
     "stage_kept_bytes",
     "stage_memory",
     "state_memory",
+    "take_states",
     "weight_gradient_bytes",
     "working_bytes",
 ]
@@ -300,39 +302,38 @@ def stage_memory(
     }
     moment = "loss" if at_loss else "backward of the first layer"
     moment = f"{moment}, after the {held.moment}" if held.moment else moment
-    per_micro_batch = stage_kept_bytes(stage, layout, impl, policy)
-    host = _offloaded(stage, plan, layout, states, by_kind, per_micro_batch) if plan.offload.anything else {}
+    host: dict[str, float] = {}
+    if plan.offload.anything:
+        host = take_states(stage, plan, layout, states, by_kind)
+    if plan.offload.moves("activations"):
+        stays = resident_activations(stage, by_kind["activations"], stage_kept_bytes(stage, layout, impl, policy))
+        host["activations"] = by_kind["activations"] - stays
+        by_kind["activations"] = stays
     return StageMemory(rank=stage.rank, by_kind=by_kind, in_flight=held.micro_batches, moment=moment, host=host)
 
 
-def _offloaded(
-    stage: Stage,
-    plan: Plan,
-    layout: Layout,
-    states: StateBytes,
-    by_kind: dict[str, float],
-    per_micro_batch: float,
+def take_states(
+    stage: Stage, plan: Plan, layout: Layout, states: StateBytes, by_kind: dict[str, float]
 ) -> dict[str, float]:
-    """Take from the device what is offloaded, but for what passes through; returns what the host keeps.
+    """Take from the device the states that are offloaded, but for what passes through; returns what the host keeps.
 
-    Of activations the layer at work and the one on its way stay, of gradients those of the largest layer. The host
-    keeps gradients as they were sent.
+    Of gradients those of the largest layer stay. The host keeps gradients as they were sent.
     """
     layer = max((sum(block_weights(graph, layout)) for graph, _ in stage.layers), default=0)
-    stays = {
-        "activations": 2 * per_micro_batch / max(1, stage.num_layers),
-        "gradients": layer * states.gradient_on_wire,
-    }
     host = {}
-    for name in OFFLOADED:
+    for name in STATES:
         if plan.offload.moves(name):
-            kept = min(by_kind[name], stays.get(name, 0.0))
-            moved = by_kind[name] - (kept if name == "activations" else 0.0)
+            moved = by_kind[name]
             if name == "gradients":
                 moved *= states.gradient_on_wire / states.gradient
             host[f"{name}:nvme" if name in plan.offload.to_nvme else name] = moved
-            by_kind[name] = kept
+            by_kind[name] = min(by_kind[name], layer * states.gradient_on_wire if name == "gradients" else 0.0)
     return host
+
+
+def resident_activations(stage: Stage, held: Real, per_micro_batch: Real | float) -> Real:
+    """Bytes of activations that stay on the device when they are offloaded: the layer at work, the one on its way."""
+    return smaller(held, per_micro_batch * (2 / max(1, stage.num_layers)))
 
 
 def _logits_bytes(graph: Graph, layout: Layout, impl: Implementation) -> float:

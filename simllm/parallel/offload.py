@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from simllm.errors import InputError, unknown_name
 
-__all__ = ["OFFLOADED", "Offload"]
+__all__ = ["OFFLOADED", "STATES", "Offload"]
 
 #: What can leave the device. The optimizer takes its update with it: it runs on the host's processors.
-OFFLOADED = ("optimizer", "gradients", "parameters", "activations")
+STATES = ("optimizer", "gradients", "parameters")
+OFFLOADED = (*STATES, "activations")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,9 +28,12 @@ from simllm.parallel.memory import (
     layer_peak_bytes,
     loss_peak_bytes,
     micro_batch_bytes,
+    resident_activations,
     state_memory,
+    take_states,
     working_bytes,
 )
+from simllm.parallel.offload import Offload
 from simllm.parallel.plan import Plan
 from simllm.parallel.schedules import SCHEDULES, in_flight_chunks, pipeline_bubble
 from simllm.parallel.stages import Stage, pipeline_stages
@@ -45,6 +48,8 @@ from simllm.training.composition import (
     transfer_share,
     transfers_of,
 )
+from simllm.training.exposure import exposed
+from simllm.training.offload import HostWork, beside_passes, host_of, node_stages, offload_profile
 from simllm.training.step import Step
 
 if TYPE_CHECKING:
@@ -134,6 +139,8 @@ class Evaluated:
         Seconds of a step, and peak memory of the rank that needs most.
     state_bytes : array of float
         What no recomputation and no smaller micro-batch frees, on the rank that has most of it.
+    host_fits : array of bool
+        Whether every node's host holds what is offloaded.
     """
 
     structure: Structure
@@ -141,6 +148,18 @@ class Evaluated:
     time_s: Floats
     peak_bytes: Floats
     state_bytes: Floats
+    host_fits: NDArray[np.bool_]
+
+    def where(self, able: NDArray[np.bool_]) -> Evaluated:
+        """Some of the plans."""
+        return Evaluated(
+            self.structure,
+            self.cells[able],
+            self.time_s[able],
+            self.peak_bytes[able],
+            self.state_bytes[able],
+            self.host_fits[able],
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,7 +237,9 @@ class Assembly:
         frame = _Frame(cells, counts, blocks, np.zeros_like(counts), share.ravel(), sharing)
         if pp == 1:
             return frame
-        plain = Structure(precision=precision, pp=pp, vpp=1, schedule="1f1b", uneven_layers=True, zero="0")
+        plain = Structure(
+            precision=precision, pp=pp, vpp=1, schedule="1f1b", uneven_layers=True, zero="0", offload=Offload()
+        )
         step = self._step(plain, sharing[0])
         sizes, inverse = np.unique(prices.transfer_bytes[cells], return_inverse=True)
         transfer = step.p2p()
@@ -233,21 +254,23 @@ class Assembly:
         kinds = self._kinds(structures[0])
         activations = self._activations(frame, structures[0], kinds)
         whole: list[tuple[Floats, Floats]] | None = None
-        for position, structure in enumerate(structures):
-            able = np.array([self._makes_sense(fields, structure.zero, position == 0) for fields in frame.sharing])
+        first: dict[Offload, str] = {}
+        for structure in structures:
+            plainest = first.setdefault(structure.offload, structure.zero) == structure.zero
+            able = np.array([self._makes_sense(fields, structure.zero, plainest) for fields in frame.sharing])
             if not able.any():
                 continue
             if structure.zero in ("3", "hsdp"):
                 passes = self._per_micro_batch(frame, structure, kinds)
             else:
                 passes = whole = whole or self._per_micro_batch(frame, structure, kinds)
+            if structure.offload.anything:
+                passes = self._with_transfers(frame, structure, kinds, passes)
             time_s = self._time(frame, structure, kinds, passes)
             peak, states = self._memory(frame, structure, kinds, activations)
-            if able.all():
-                yield Evaluated(structure, frame.cells, time_s, peak, states)
-            else:
-                here = able[frame.share]
-                yield Evaluated(structure, frame.cells[here], time_s[here], peak[here], states[here])
+            held = self._on_hosts(frame, structure, kinds, activations)
+            everyone = Evaluated(structure, frame.cells, time_s, peak, states, held)
+            yield everyone if able.all() else everyone.where(able[frame.share])
 
     def _makes_sense(self, fields: dict[str, Any], zero: str, first: bool) -> bool:
         """Whether a way of sharding differs from those before it."""
@@ -268,12 +291,14 @@ class Assembly:
 
         ``what`` names the numbers; beside it they depend on the weights and the data-parallel ranks only.
         """
-        dealt = (*what, structure.zero)
+        offload = str(structure.offload)
+        dealt = (*what, structure.zero, offload)
         if dealt in frame.dealt:
             return frame.dealt[dealt]
         found = []
         for fields in frame.sharing:
-            share = (structure.precision, structure.zero, structure.pp, fields["tp"], fields["ep"], fields["etp"])
+            degrees = (structure.pp, fields["tp"], fields["ep"], fields["etp"])
+            share = (structure.precision, structure.zero, offload, *degrees)
             numbers = self._numbers.get((*what, *share))
             if numbers is None:
                 if share not in self._steps:
@@ -326,6 +351,20 @@ class Assembly:
             frame.dealt[known] = [block.forward_s, block.backward_s + added]
         return frame.dealt[known]
 
+    def _with_transfers(
+        self, frame: _Frame, structure: Structure, kinds: list[_Kind], passes: list[tuple[Floats, Floats]]
+    ) -> list[tuple[Floats, Floats]]:
+        """The same with what shows of transfers to the host."""
+        rates = HostWork(self._step(structure, frame.sharing[0])).activation_rates()
+        found = []
+        for kind, (forward, backward) in zip(kinds, passes, strict=True):
+            of = partial(_states_traffic, stage=kind.stage)
+            parameters, gradients = self._shared(frame, structure, ("transfers", kind.key), of)
+            kept = micro_batch_bytes(kind.stage, lambda graph, _: frame.blocks[id(graph)].kept_bytes)
+            ahead, behind = beside_passes((parameters, gradients), rates, forward * 0 + kept, forward, backward)
+            found.append((forward + ahead, backward + behind))
+        return found
+
     # -- the step --------------------------------------------------------------------------------------------------
 
     def _time(
@@ -339,7 +378,12 @@ class Assembly:
         for kind, (forward, backward) in zip(kinds, passes, strict=True):
             count = transfers_of(kind.stage, structure.pp, structure.vpp, schedule)
             totals.append(forward + backward + frame.transfer_s * (count * visible))
-            (update,) = self._shared(frame, structure, ("update", kind.key), partial(_update, stage=kind.stage))
+            if structure.offload.moves("optimizer"):
+                of_host = partial(_host_once, stage=kind.stage)
+                leaving, returning, update = self._shared(frame, structure, ("host", kind.key), of_host)
+                update = update + exposed(leaving, backward, offload_profile().transfer_exposed.si) + returning
+            else:
+                (update,) = self._shared(frame, structure, ("update", kind.key), partial(_update, stage=kind.stage))
             if structure.zero not in ("3", "hsdp"):
                 of = partial(Step.stage_traffic_s, stage=kind.stage)
                 scatter, gather = self._shared(frame, structure, ("traffic", kind.key), of)
@@ -352,39 +396,89 @@ class Assembly:
 
     # -- memory ----------------------------------------------------------------------------------------------------
 
-    def _activations(self, frame: _Frame, structure: Structure, kinds: list[_Kind]) -> list[Floats]:
-        """Bytes kept and at work at the peak of every kind of rank, on the rank that holds most micro-batches."""
-        counts, inverse = np.unique(frame.num_micro_batches, return_inverse=True)
-        schedule, pp, vpp = structure.schedule, structure.pp, structure.vpp
+    def _activations(self, frame: _Frame, structure: Structure, kinds: list[_Kind]) -> list[_Activations]:
+        """Bytes of activations of every kind of rank, on the rank that holds most micro-batches."""
         found = []
         for kind in kinds:
-            most = [
-                max(in_flight_chunks(schedule, pp, int(m), rank, vpp) for rank in kind.ranks) for m in counts.tolist()
-            ]
-            in_flight = np.array([chunks / vpp for chunks in most])[inverse]
-            heads = np.array([float(heads_in_flight(schedule, pp, int(m))) for m in counts.tolist()])[inverse]
-
-            def kept(graph: Graph, _: bool) -> Floats:
-                return frame.blocks[id(graph)].kept_bytes
-
-            held = micro_batch_bytes(kind.stage, kept) * in_flight + head_bytes(kind.stage, kept) * heads
             at_work = working_bytes(
                 kind.stage,
                 lambda graph: frame.blocks[id(graph)].peak_bytes,
                 lambda graph: frame.blocks[id(graph)].peak_bytes,
             )
-            found.append(held + at_work)
+            held = self._held(frame, structure, kind.stage, kind.ranks)
+            found.append(_Activations(held, np.zeros_like(held) + at_work))
         return found
 
+    def _held(self, frame: _Frame, structure: Structure, stage: Stage, ranks: tuple[int, ...]) -> Floats:
+        """Bytes kept for the backward pass on the one of some equal ranks that holds most micro-batches."""
+        counts, inverse = np.unique(frame.num_micro_batches, return_inverse=True)
+        schedule, pp, vpp = structure.schedule, structure.pp, structure.vpp
+        numbers = [int(m) for m in counts.tolist()]
+        most = [max(in_flight_chunks(schedule, pp, m, rank, vpp) for rank in ranks) / vpp for m in numbers]
+        heads = [float(heads_in_flight(schedule, pp, m)) for m in numbers]
+
+        def kept(graph: Graph, _: bool) -> Floats:
+            return frame.blocks[id(graph)].kept_bytes
+
+        own = micro_batch_bytes(stage, kept) * np.array(most)[inverse]
+        return own + head_bytes(stage, kept) * np.array(heads)[inverse]
+
     def _memory(
-        self, frame: _Frame, structure: Structure, kinds: list[_Kind], activations: list[Floats]
+        self, frame: _Frame, structure: Structure, kinds: list[_Kind], activations: list[_Activations]
     ) -> tuple[Floats, Floats]:
         peaks, states = [], []
-        for kind, held in zip(kinds, activations, strict=True):
-            (fixed,) = self._shared(frame, structure, ("states", kind.key), partial(_states, stage=kind.stage))
+        for kind, use in zip(kinds, activations, strict=True):
+            (fixed, _, _) = self._shared(frame, structure, ("states", kind.key), partial(_states, stage=kind.stage))
+            held = use.held
+            if structure.offload.moves("activations"):
+                held = resident_activations(kind.stage, held, self._one_micro_batch(frame, kind.stage))
             states.append(fixed)
-            peaks.append(fixed + held)
+            peaks.append(fixed + held + use.at_work)
         return reduce(larger, peaks), reduce(larger, states)
+
+    def _one_micro_batch(self, frame: _Frame, stage: Stage) -> Floats | float:
+        return micro_batch_bytes(stage, lambda graph, _: frame.blocks[id(graph)].kept_bytes)
+
+    def _on_hosts(
+        self, frame: _Frame, structure: Structure, kinds: list[_Kind], activations: list[_Activations]
+    ) -> NDArray[np.bool_]:
+        """Whether the fullest node holds what its devices offload."""
+        if not structure.offload.anything:
+            return np.ones(len(frame.cells), dtype=bool)
+        step = self._step(structure, frame.sharing[0])
+        host = host_of(step)
+        memory: dict[int, Floats] = {}
+        drives: dict[int, Floats] = {}
+        for kind in kinds:
+            of = partial(_states, stage=kind.stage)
+            _, in_memory, on_drives = self._shared(frame, structure, ("states", kind.key), of)
+            for rank in kind.ranks:
+                memory[rank], drives[rank] = in_memory, on_drives
+                if structure.offload.moves("activations"):
+                    held = self._held(frame, structure, kind.stage, (rank,))
+                    stays = resident_activations(kind.stage, held, self._one_micro_batch(frame, kind.stage))
+                    memory[rank] = in_memory + (held - stays)
+        fits = np.ones(len(frame.cells), dtype=bool)
+        for node in node_stages(self.cluster.num_gpus, structure.pp, HostWork(step).devices):
+            fits &= reduce(add, (memory[rank] for rank in node)) <= host.memory.si
+            fits &= reduce(add, (drives[rank] for rank in node)) <= (host.nvme.si if host.nvme else 0.0)
+        return fits
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Activations:
+    """Bytes of a kind of rank: kept for the backward pass, and at work at the peak."""
+
+    held: Floats
+    at_work: Floats
+
+
+def _states_traffic(step: Step, stage: Stage) -> tuple[float, float]:
+    return HostWork(step).states_traffic_s(stage)
+
+
+def _host_once(step: Step, stage: Stage) -> tuple[float, float, float]:
+    return HostWork(step).once_s(stage)
 
 
 def _accumulation(step: Step, graph: Graph) -> tuple[float]:
@@ -395,9 +489,13 @@ def _update(step: Step, stage: Stage) -> tuple[float]:
     return (step.update_s(stage),)
 
 
-def _states(step: Step, stage: Stage) -> tuple[float]:
-    fixed = state_memory(stage, step.plan, step.layout, step.states, step.training.optimizer, step.hsdp_shard)
-    return (sum(fixed.values()) + step.stack.costs.context.si,)
+def _states(step: Step, stage: Stage) -> tuple[float, float, float]:
+    """Bytes of a rank whatever its micro-batches: on the device, in its host's memory, on its drives."""
+    plan = step.plan
+    kinds = state_memory(stage, plan, step.layout, step.states, step.training.optimizer, step.hsdp_shard)
+    host = take_states(stage, plan, step.layout, step.states, kinds) if plan.offload.anything else {}
+    drives = sum(size for name, size in host.items() if name.endswith(":nvme"))
+    return sum(kinds.values()) + step.stack.costs.context.si, sum(host.values()) - drives, drives
 
 
 def _graphs(stage: Stage) -> tuple[Graph, ...]:

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from simllm.errors import InputError, unknown_name
 from simllm.models.activations import Recompute
+from simllm.parallel.offload import Offload
 from simllm.parallel.plan import Plan, Zero
 from simllm.planner.reasons import explain_difference
 from simllm.training import Estimate, Training
@@ -27,6 +28,8 @@ def parse_plan(
     text: str, num_gpus: int, global_batch_size: int, training: Training, experts: bool, precision: str = "bf16"
 ) -> Plan:
     """A plan from ``tp=8,pp=16,vpp=8``; what is not said is as `simllm estimate` takes it.
+
+    What is offloaded is joined with a plus: ``offload=optimizer+gradients``.
 
     Parameters
     ----------
@@ -79,6 +82,8 @@ def parse_plan(
 def _value(name: str, text: str, whole: str) -> Any:
     if name == "recompute":
         return Recompute.parse(text)
+    if name == "offload":
+        return Offload.parse(text.replace("+", ","))
     if name in _TEXTS:
         return cast("Zero", text)
     if name in _SWITCHES:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from simllm.errors import InputError, unknown_name
 from simllm.models.activations import Recompute
+from simllm.parallel.offload import Offload
 from simllm.parallel.plan import PRECISIONS, ZERO_STAGES
 from simllm.parallel.schedules import SCHEDULES
 
@@ -37,6 +38,8 @@ class Constraints:
         Precisions of the matrix products to choose from.
     recompute : tuple of Recompute
         The recomputation policies allowed.
+    offload : tuple of Offload
+        What may leave the devices, to choose from.
     sequence_parallel : bool, optional
     uneven_layers : bool
         Also interleave chunks of different sizes where there are equal ones.
@@ -57,6 +60,7 @@ class Constraints:
     schedule: tuple[str, ...] = ()
     precision: tuple[str, ...] = ("bf16",)
     recompute: tuple[Recompute, ...] = ()
+    offload: tuple[Offload, ...] = (Offload(),)
     sequence_parallel: bool | None = None
     uneven_layers: bool = False
     tp_within: Literal["node", "domain", "cluster"] = "domain"
@@ -72,6 +76,8 @@ class Constraints:
             for value in getattr(self, name):
                 if value not in known:
                     raise unknown_name(what, str(value), known)
+        if not self.offload:
+            raise InputError("offload is empty; name at least one, such as none")
         if not self.precision:
             raise InputError("precision is empty; name at least one, such as bf16")
         if self.tp_within not in TP_WITHIN:

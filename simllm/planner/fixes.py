@@ -76,6 +76,9 @@ def _changes(cells: Cells, structures: list[Structure]) -> Iterator[tuple[str, I
         before = ("0", *_SHARDING[: _SHARDING.index(zero)])
         to = [numbers.get(replace(s, zero=zero), -1) if s.zero in before else -1 for s in structures]
         yield f"fits with zero={zero}", np.array(to, dtype=np.int64), same_cell
+    for offload in dict.fromkeys(structure.offload for structure in structures if structure.offload.anything):
+        to = [numbers.get(replace(s, offload=offload), -1) if not s.offload.anything else -1 for s in structures]
+        yield f"fits with offload={offload}", np.array(to, dtype=np.int64), same_cell
     sizes = cells.values["micro_batch_size"]
     for size in sorted(sizes, reverse=True):
         yield f"fits with micro-batch {size}", same_structure, _moved(cells, "micro_batch_size", sizes.index(size))

@@ -13,6 +13,7 @@ import numpy as np
 from simllm.errors import InputError
 from simllm.hardware import Cluster
 from simllm.models import Model
+from simllm.parallel.offload import Offload
 from simllm.planner.assemble import Prices
 from simllm.planner.candidate import Candidate
 from simllm.planner.compare import Comparison
@@ -30,6 +31,8 @@ __all__ = ["Gathering", "Question"]
 _SAME = 1e-12
 #: Plans that are run event by event for a schedule without a closed form.
 _SIMULATED = 48
+#: What is tried to leave the devices for a model that does not fit, the least first.
+_OFFLOADS = ("optimizer", "optimizer,gradients", "optimizer,gradients,parameters", "optimizer,gradients,activations")
 #: How many doublings of the GPUs are tried for a model that does not fit.
 _DOUBLINGS = 6
 
@@ -233,12 +236,19 @@ class Gathering:
         found = []
         largest = max(clusters, key=lambda c: c.num_gpus)
         for name, words in self.question.constraints.given().items():
-            if name == "precision":
+            if name in ("precision", "offload"):
                 continue
             freed = replace(self.question, constraints=self.question.constraints.without(name))
             answer = _best_of(freed, largest)
             if answer is not None:
                 found.append((f"without {name}={words}", answer))
+        if largest.host is not None and not any(o.anything for o in self.question.constraints.offload):
+            for words in _OFFLOADS:
+                wanted = replace(self.question.constraints, offload=(Offload.parse(words),))
+                answer = _best_of(replace(self.question, constraints=wanted), largest)
+                if answer is not None:
+                    found.append((f"with offload={words}", answer))
+                    break
         for doubling in range(1, _DOUBLINGS + 1):
             try:
                 larger = largest.resized(largest.num_gpus * 2**doubling)

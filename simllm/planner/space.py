@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from simllm.hardware import Cluster
 from simllm.models import Model
 from simllm.models.activations import Recompute
 from simllm.models.spec import AttentionSpec, MambaSpec, MoESpec
+from simllm.parallel.offload import Offload
 from simllm.parallel.plan import Plan, Zero, even_split
 from simllm.parallel.schedules import SCHEDULES
 from simllm.planner.constraints import Constraints
@@ -62,6 +64,7 @@ class Structure:
     schedule: str
     uneven_layers: bool
     zero: Zero
+    offload: Offload
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,9 +246,17 @@ class Space:
                         yield "fewer layers than pipeline stages"
                         continue
                     for schedule in self._schedules(pp, vpp):
-                        for zero in self._stages(pp):
+                        for offload, zero in product(self.constraints.offload, self._stages(pp)):
+                            if offload.moves("parameters") and zero not in ("3", "hsdp"):
+                                continue  # only sharded layers are fetched when they are needed
                             yield Structure(
-                                precision=precision, pp=pp, vpp=vpp, schedule=schedule, uneven_layers=uneven, zero=zero
+                                precision=precision,
+                                pp=pp,
+                                vpp=vpp,
+                                schedule=schedule,
+                                uneven_layers=uneven,
+                                zero=zero,
+                                offload=offload,
                             )
 
     def _schedules(self, pp: int, vpp: int) -> list[str]:

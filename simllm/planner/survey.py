@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["STATES_TOO_LARGE", "TOO_SLOW", "Survey", "survey"]
 
 STATES_TOO_LARGE = "out of memory: the model and optimizer states alone"
+_HOST_TOO_SMALL = "out of memory: the hosts cannot hold what is offloaded"
 TOO_SLOW = "takes longer or costs more than allowed"
 
 
@@ -42,7 +43,9 @@ class Survey:
     time_s, peak_bytes, state_bytes : array of float
         Seconds of a step, peak memory, and the part of it that is model and optimizer states.
     fits : array of bool
-        Whether the peak leaves the head-room free.
+        Whether the peak leaves the head-room free, and the hosts hold what is offloaded.
+    in_memory : array of bool
+        The first of the two.
     allowed : array of bool
         Those of them that keep the limits on time and money.
     rejected : Counter
@@ -61,6 +64,7 @@ class Survey:
     peak_bytes: Floats
     state_bytes: Floats
     fits: NDArray[np.bool_]
+    in_memory: NDArray[np.bool_]
     allowed: NDArray[np.bool_]
     usable_bytes: float
     rejected: Counter[str]
@@ -91,9 +95,15 @@ class Survey:
     def faults(self) -> tuple[Ints, tuple[str, ...]]:
         """For every plan the reason it is not feasible for, as a position in a list; -1 for those that are."""
         policies = self.cells.values["recompute"]
-        reasons = (STATES_TOO_LARGE, TOO_SLOW, *(f"out of memory with recompute={policy}" for policy in policies))
-        fault = self.cells.columns["recompute"][self.cell] + 2
+        reasons = (
+            STATES_TOO_LARGE,
+            TOO_SLOW,
+            _HOST_TOO_SMALL,
+            *(f"out of memory with recompute={policy}" for policy in policies),
+        )
+        fault = self.cells.columns["recompute"][self.cell] + 3
         fault[self.state_bytes > self.usable_bytes] = 0
+        fault[self.in_memory] = 2
         fault[self.fits] = 1
         fault[self.allowed] = -1
         return fault, reasons
@@ -151,7 +161,8 @@ def survey(
     numbers = {structure: number for number, structure in enumerate(structures)}
     time_s = _joined([e.time_s for e in found])
     peak_bytes = _joined([e.peak_bytes for e in found])
-    fits = peak_bytes <= usable_bytes
+    in_memory = peak_bytes <= usable_bytes
+    fits = in_memory & (np.concatenate([e.host_fits for e in found]) if found else in_memory)
     return Survey(
         cluster=space.cluster,
         global_batch_size=space.global_batch_size,
@@ -165,6 +176,7 @@ def survey(
         peak_bytes=peak_bytes,
         state_bytes=_joined([e.state_bytes for e in found]),
         fits=fits,
+        in_memory=in_memory,
         allowed=fits & (time_s <= slowest_s),
         usable_bytes=usable_bytes,
         rejected=+rejected,

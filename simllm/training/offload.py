@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from math import inf
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from simllm.elementwise import Real, larger
 from simllm.errors import UnsupportedError
 from simllm.hardware.host import Host
 from simllm.hardware.profiles import load_profile_file, profiles_dir
@@ -27,7 +29,7 @@ from simllm.training.exposure import exposed
 if TYPE_CHECKING:
     from simllm.training.step import Step
 
-__all__ = ["HostMemory", "HostWork", "host_memory", "host_of"]
+__all__ = ["HostMemory", "HostWork", "beside_passes", "host_memory", "host_of", "node_stages", "offload_profile"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,15 +60,11 @@ class HostMemory:
 
 
 def host_memory(step: Step, stages: Sequence[StageMemory]) -> HostMemory:
-    """What the ranks of the fullest node keep on their host.
-
-    Pipeline ranks stand dp x cp x tp devices apart; a node holds neighbours.
-    """
+    """What the ranks of the fullest node keep on their host."""
     host, plan = host_of(step), step.plan
-    devices, width = HostWork(step).devices, plan.num_gpus // plan.pp
     needed = []
-    for first in range(0, plan.num_gpus, devices):
-        ranks = [stages[device // width].host for device in range(first, first + devices)]
+    for node in node_stages(plan.num_gpus, plan.pp, HostWork(step).devices):
+        ranks = [stages[rank].host for rank in node]
         drives = sum(size for kept in ranks for name, size in kept.items() if name.endswith(":nvme"))
         needed.append((sum(sum(kept.values()) for kept in ranks) - drives, drives))
     return HostMemory(
@@ -141,33 +139,29 @@ class HostWork:
         by_dense, by_expert = (1, 1) if plan.zero == "0" else shard_degrees(plan, step.hsdp_shard)
         return dense / by_dense + expert / by_expert
 
+    def states_traffic_s(self, stage: Stage) -> tuple[float, float]:
+        """Seconds of a micro-batch's states over the link: parameters for a pass, gradients after it."""
+        offload, states, own = self.step.plan.offload, self.step.states, self._own(stage)
+        parameters = own * states.gathered / self._rates("parameters")[0] if offload.moves("parameters") else 0.0
+        gradients = own * states.gradient_on_wire / self._rates("gradients")[1] if offload.moves("gradients") else 0.0
+        return parameters, gradients
+
+    def activation_rates(self) -> tuple[float, float]:
+        """Bytes/s at which activations return and leave; infinite where they stay."""
+        return self._rates("activations") if self.step.plan.offload.moves("activations") else (inf, inf)
+
     def per_micro_batch(self, stage: Stage, forward_s: float, backward_s: float) -> tuple[Cost, Cost]:
         """Transfers of one micro-batch that show beside its forward and its backward pass."""
-        offload, states, own = self.step.plan.offload, self.step.states, self._own(stage)
-        ahead = behind = 0.0
-        if offload.moves("activations"):
-            fetch, store = self._rates("activations")
-            kept = self.step.kept_bytes(stage)
-            ahead, behind = ahead + kept / store, behind + kept / fetch
-        if offload.moves("parameters"):
-            seconds = own * states.gathered / self._rates("parameters")[0]
-            ahead, behind = ahead + seconds, behind + seconds
-        gradients = own * states.gradient_on_wire / self._rates("gradients")[1] if offload.moves("gradients") else 0.0
-        share = offload_profile().transfer_exposed.si
-        # The link runs both ways at once: gradients go out while parameters and activations come in.
-        return (
-            Cost(offload=exposed(ahead, forward_s, share)),
-            Cost(offload=exposed(max(behind, gradients), backward_s, share)),
+        ahead, behind = beside_passes(
+            self.states_traffic_s(stage), self.activation_rates(), self.step.kept_bytes(stage), forward_s, backward_s
         )
+        return Cost(offload=ahead), Cost(offload=behind)
 
-    def per_step(self, stage: Stage, backward_s: float) -> tuple[float, float]:
-        """Once a step: transfers that show, and the update on the host."""
+    def once_s(self, stage: Stage) -> tuple[float, float, float]:
+        """Once a step: seconds of gradients that leave, of parameters that show as they return, and of the update."""
         step, offload, states = self.step, self.step.plan.offload, self.step.states
         own, moments = self._own(stage), sum(step.owned_moments(stage))
-        share = offload_profile().transfer_exposed.si
-        shown = 0.0
-        if not offload.moves("gradients"):
-            shown += exposed(own * states.gradient_on_wire / self._rates("gradients")[1], backward_s, share)
+        leaving = 0.0 if offload.moves("gradients") else own * states.gradient_on_wire / self._rates("gradients")[1]
         host = host_of(step)
         update = (own * states.host_update_traffic + 2 * moments) / (
             host.memory_bandwidth.si * offload_profile().adam_bandwidth.si / self.devices
@@ -176,6 +170,51 @@ class HostWork:
             fetch, store = self._rates("optimizer")
             kept = own * states.float32_master + moments
             update = max(update, kept / fetch + kept / store)
+        returning = 0.0
         if not offload.moves("parameters"):
-            shown += exposed(own * states.parameter / self._rates("parameters")[0], update, share)
-        return shown, update
+            seconds = own * states.parameter / self._rates("parameters")[0]
+            returning = exposed(seconds, update, offload_profile().transfer_exposed.si)
+        return leaving, returning, update
+
+    def per_step(self, stage: Stage, backward_s: float) -> tuple[float, float]:
+        """Once a step: transfers that show, and the update on the host."""
+        leaving, returning, update = self.once_s(stage)
+        return exposed(leaving, backward_s, offload_profile().transfer_exposed.si) + returning, update
+
+
+def beside_passes(
+    states_s: tuple[Real, Real], rates: tuple[float, float], kept_bytes: Real, forward_s: Real, backward_s: Real
+) -> tuple[Real, Real]:
+    """What shows of a micro-batch's transfers beside its forward and its backward pass.
+
+    The link runs both ways at once: gradients go out while parameters and activations come in.
+
+    Parameters
+    ----------
+    states_s : (parameters, gradients)
+        Seconds of `HostWork.states_traffic_s`.
+    rates : (fetch, store)
+        Of activations, bytes/s.
+    kept_bytes : float
+        Activations of the micro-batch.
+    forward_s, backward_s : float
+    """
+    (parameters, gradients), (fetch, store) = states_s, rates
+    share = offload_profile().transfer_exposed.si
+    ahead = exposed(parameters + kept_bytes / store, forward_s, share)
+    return ahead, exposed(larger(parameters + kept_bytes / fetch, gradients), backward_s, share)
+
+
+def node_stages(num_gpus: int, pp: int, devices: int) -> tuple[tuple[int, ...], ...]:
+    """The distinct nodes of a cluster by the pipeline ranks of their devices.
+
+    Pipeline ranks stand dp x cp x tp devices apart; a node holds neighbours.
+
+    >>> node_stages(16, 4, 8), node_stages(16, 1, 8)
+    (((0, 0, 0, 0, 1, 1, 1, 1), (2, 2, 2, 2, 3, 3, 3, 3)), ((0, 0, 0, 0, 0, 0, 0, 0),))
+    """
+    width = num_gpus // pp
+    nodes = (
+        tuple(device // width for device in range(first, first + devices)) for first in range(0, num_gpus, devices)
+    )
+    return tuple(dict.fromkeys(nodes))

@@ -13,6 +13,7 @@ from simllm.elementwise import larger, smaller
 from simllm.errors import InputError
 from simllm.hardware import Cluster
 from simllm.models import Model
+from simllm.parallel.offload import Offload
 from simllm.parallel.schedules import in_flight_chunks, pipeline_bubble, pipeline_time
 from simllm.planner.assemble import Prices
 from simllm.planner.constraints import Constraints
@@ -115,6 +116,33 @@ def test_multi_token_prediction_is_in_the_arrays() -> None:
     few = Constraints(tp=(1, 4), cp=(1,), ep=(8, 64), micro_batch_size=(1,), pp=(1, 4, 16))
     found = evaluated(model, Cluster.load("dgx-h100", 512), training, 512, few)
     assert_equal_to_scalar(found, model, training, sample=40)
+
+
+@pytest.mark.parametrize(("gpus", "pp"), [(16, (1, 2)), (8, (2, 4, 8)), (64, (4,))])
+def test_offload_equals_scalar_estimates(gpus: int, pp: tuple[int, ...]) -> None:
+    model, training = Model.load("llama-3-8b"), Training(seq_len=4096)
+    words = (
+        "none",
+        "optimizer",
+        "optimizer:nvme,gradients",
+        "activations",
+        "optimizer,gradients,parameters,activations",
+    )
+    offload = tuple(Offload.parse(text) for text in words)
+    few = Constraints(offload=offload, pp=pp, cp=(1,), micro_batch_size=(1, 4))
+    cluster = Cluster.load("dgx-h100", gpus)
+    found = evaluated(model, cluster, training, 64, few)
+    assert {found.structures[n].offload for n in set(found.structure.tolist())} == set(offload)
+    assert_equal_to_scalar(found, model, training, sample=150)
+
+
+def test_hosts_that_are_too_small_are_seen() -> None:
+    model, training, cluster = Model.load("llama-3.1-405b"), Training(seq_len=1024), Cluster.load("dgx-h100", 16)
+    few = Constraints(offload=(Offload.parse("optimizer,gradients,parameters"),), cp=(1,), zero=("3",))
+    found = evaluated(model, cluster, training, 16, few)
+    assert (found.in_memory & ~found.fits).any()
+    assert_equal_to_scalar(found, model, training, sample=60)
+    assert found.counts()["out of memory: the hosts cannot hold what is offloaded"] > 0
 
 
 def test_every_plan_of_a_survey_is_a_plan() -> None:

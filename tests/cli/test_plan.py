@@ -90,6 +90,21 @@ def test_nothing_fits_with_these_degrees(cli) -> None:
     assert "out of memory: the model and optimizer states alone" in result.out
 
 
+def test_offload_is_a_choice(cli) -> None:
+    line = "plan llama-3-70b --cluster dgx-h100 --gpus 8 --global-batch-size 32 --seq-len 4096 --cp 1"
+    without = cli(f"{line} --json")
+    assert without.status == 1
+    assert any(change["change"] == "with offload=optimizer" for change in without.json["changes"])
+    found = cli(f"{line} --json --offload none --offload optimizer,gradients --top 1").json
+    assert found["plans"][0]["plan"]["offload"] == "optimizer,gradients"
+    assert "fits with offload=optimizer,gradients" in {
+        change for changes in found["fixes"].values() for change in changes
+    }
+    refused = cli(f"{line} --offload moments")
+    assert refused.status == 2
+    assert "'moments'" in refused.err
+
+
 def test_report_says_what_the_search_knows(cli) -> None:
     text = cli(f"{QUESTION} --compare tp=8,pp=1").out
     assert "Compared: tp=8 pp=1 dp=2 zero=1 mbs=1 recompute=none sp" in text

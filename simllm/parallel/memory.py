@@ -6,7 +6,7 @@ and their gradients), or the first layer of a backward pass (a recomputed layer 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache, reduce
 from operator import add
@@ -42,7 +42,7 @@ __all__ = [
     "working_bytes",
 ]
 
-MEMORY_KINDS = ("parameters", "gradients", "optimizer", "activations", "working", "gathered", "context")
+MEMORY_KINDS = ("parameters", "gradients", "optimizer", "activations", "working", "gathered", "buffers", "context")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,8 @@ class StageMemory:
     rank : int
     by_kind : dict of str to float
         Bytes: parameters, gradients, optimizer, activations (kept for the backward pass), working (at the peak's
-        moment), gathered (parameters of layers at work under full sharding), context (outside the allocator).
+        moment), gathered (parameters of layers at work under full sharding), buffers (of communication), context
+        (outside the allocator).
     in_flight : float
         Micro-batches whose activations are held, as a fraction of the rank's layers.
     moment : str
@@ -73,6 +74,17 @@ class StageMemory:
     def peak_bytes(self) -> float:
         """Bytes at the peak: the sum of the kinds."""
         return sum(self.by_kind.values())
+
+    @property
+    def views(self) -> dict[str, float]:
+        """The peak as different tools show it.
+
+        ``max_allocated``: `torch.cuda.max_memory_allocated`, tensors only. ``max_reserved``: with what the allocator
+        holds back for later; published reserved peaks are predicted as well without any such slack, so none is added.
+        ``nvidia_smi``: with the CUDA context and libraries.
+        """
+        tensors = self.peak_bytes - self.by_kind["context"]
+        return {"max_allocated": tensors, "max_reserved": tensors, "nvidia_smi": self.peak_bytes}
 
     @property
     def state_bytes(self) -> float:
@@ -179,6 +191,7 @@ def state_memory(
         "gradients": kept(weights, states.gradient, full or plan.zero == "2"),
         "optimizer": kept(weights, states.master, plan.zero != "0") + kept(moments, 1, plan.zero != "0"),
         "gathered": _gathered_bytes(stage, layout, states) if full else 0.0,
+        "buffers": min(states.buckets, sum(weights) * (states.gradient_on_wire + states.parameter)),
     }
 
 
@@ -221,8 +234,9 @@ class Held:
 _ACTION_WORDS = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
 
 
+@lru_cache(maxsize=1 << 14)
 def held_along(
-    table: Table, rank: int, stages: Sequence[Stage], layout: Layout, impl: Implementation, policy: Recompute
+    table: Table, rank: int, stages: tuple[Stage, ...], layout: Layout, impl: Implementation, policy: Recompute
 ) -> Held:
     """What a rank holds at the fullest moment of an action table.
 
@@ -230,7 +244,7 @@ def held_along(
     ----------
     table : Table
     rank : int
-    stages : sequence of Stage
+    stages : tuple of Stage
         Every chunk by itself, in model order.
     layout : Layout
     impl : Implementation
@@ -298,6 +312,7 @@ def stage_memory(
         "activations": held.size_bytes + head * heads_in_flight(plan.schedule, plan.pp, m),
         "working": working,
         "gathered": fixed["gathered"],
+        "buffers": fixed["buffers"],
         "context": context_bytes,
     }
     moment = "loss" if at_loss else "backward of the first layer"

@@ -234,13 +234,14 @@ class Engine:
 
     def _price_again(self, graph: Graph, layout: Layout, groups: BlockGroups, policy: Recompute) -> float:
         """Seconds of what a recomputed layer runs again."""
-        rerun = {operator.name for operator in recomputed_operators(graph, policy, self.impl)}
+        rerun = recomputed_operators(graph, policy, self.impl)
         if not rerun:
             return 0.0
-        costs = zip(graph.operators, self._operators(graph, layout), strict=True)
-        again = reduce(add, (cost for operator, cost in costs if operator.name in rerun), Cost())
+        known = self._operators(graph, layout) if rerun is graph.operators else None
+        again = reduce(add, known or (self.operator_forward(operator, layout) for operator in rerun), Cost())
+        names = {operator.name for operator in rerun}
         collectives = block_collectives(graph, layout, self.impl)
-        ahead = [c for c in collectives if c.phase == "forward" and c.operator in rerun]
+        ahead = [c for c in collectives if c.phase == "forward" and c.operator in names]
         again += self._communication(ahead, groups, again.attention)
         host = self.stack.costs.host_per_layer_forward.si * len(rerun) / len(graph.operators)
         return again.total + max(0.0, host - again.total)

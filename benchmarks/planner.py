@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from simllm import Cluster, Model, Training, estimate, plan
 from simllm.planner import Constraints
-from simllm.planner.assemble import Prices
+from simllm.planner.prices import Prices
 from simllm.planner.space import Cells, Space
 from simllm.planner.survey import Survey, survey
 from simllm.training.step import engine_for

@@ -14,11 +14,11 @@ from simllm.errors import InputError
 from simllm.hardware import Cluster
 from simllm.models import Model
 from simllm.parallel.offload import Offload
-from simllm.planner.assemble import Prices
 from simllm.planner.candidate import Candidate
 from simllm.planner.compare import Comparison
 from simllm.planner.constraints import Constraints
 from simllm.planner.fixes import fix_of, nearest_fixes
+from simllm.planner.prices import Prices
 from simllm.planner.simulated import open_schedules, stand_in, with_schedule
 from simllm.planner.space import Cells, Space
 from simllm.planner.survey import TOO_SLOW, Survey, survey

@@ -13,7 +13,9 @@ import numpy as np
 
 from simllm.hardware import Cluster
 from simllm.parallel.plan import Plan
-from simllm.planner.assemble import Assembly, Evaluated, Prices
+from simllm.planner.assemble import Assembly
+from simllm.planner.frames import Evaluated
+from simllm.planner.prices import Prices
 from simllm.planner.space import Cells, Space, Structure, schedule_runs
 
 if TYPE_CHECKING:

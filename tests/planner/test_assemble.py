@@ -15,8 +15,8 @@ from simllm.hardware import Cluster
 from simllm.models import Model
 from simllm.parallel.offload import Offload
 from simllm.parallel.schedules import in_flight_chunks, pipeline_bubble, pipeline_time
-from simllm.planner.assemble import Prices
 from simllm.planner.constraints import Constraints
+from simllm.planner.prices import Prices
 from simllm.planner.space import Cells, Space
 from simllm.planner.survey import Survey, survey
 from simllm.training import Training, estimate

@@ -21,12 +21,15 @@ class Candidate:
     cluster : Cluster
     plan : Plan
     step_time_s, peak_bytes : float
+    usd_per_gpu_hour : float or None
+        None where no price is known.
     """
 
     cluster: Cluster
     plan: Plan
     step_time_s: float
     peak_bytes: float
+    usd_per_gpu_hour: float | None
 
     @property
     def gpu_seconds(self) -> float:
@@ -35,7 +38,7 @@ class Candidate:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data with stable keys, SI units."""
-        price = self.cluster.accelerator.price_usd_per_hour
+        price = self.usd_per_gpu_hour
         return {
             "plan": plan_dict(self.plan),
             "gpus": self.plan.num_gpus,

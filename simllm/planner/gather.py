@@ -48,6 +48,10 @@ class Question:
     tokens: int | None
     usd_per_gpu_hour: float | None
 
+    def price(self, cluster: Cluster) -> float | None:
+        """USD of one device for an hour."""
+        return self.usd_per_gpu_hour or cluster.accelerator.price_usd_per_hour
+
     def slowest_step_s(self, cluster: Cluster) -> float:
         """The longest step that keeps the limits on days and USD."""
         wanted, limit = self.constraints, float("inf")
@@ -59,7 +63,7 @@ class Question:
         if wanted.max_days is not None:
             limit = wanted.max_days * 86400 / steps
         if wanted.max_usd is not None:
-            price = self.usd_per_gpu_hour or cluster.accelerator.price_usd_per_hour
+            price = self.price(cluster)
             if price is None:
                 raise InputError(
                     f"no price is known for {cluster.accelerator.name}; give --price with the limit on USD"
@@ -140,7 +144,7 @@ class Gathering:
         for reason, changes in nearest_fixes(found).items():
             merged = Counter(self.fixes.get(reason, {})) + Counter(changes)
             self.fixes[reason] = dict(merged.most_common())
-        some = [_candidate(found, int(number)) for number in found.feasible[: self.keep]]
+        some = [self._candidate(found, int(number)) for number in found.feasible[: self.keep]]
         for schedule in open_schedules(self.question.constraints):
             some += self._simulated(cluster, clusters, schedule)
         self.best = sorted([*self.best, *some], key=self._key)[: self.keep]
@@ -150,7 +154,16 @@ class Gathering:
         if not self.feasible and len(found):
             able = np.flatnonzero(found.fits)
             number = able[np.argmin(found.time_s[able])] if len(able) else np.argmin(found.peak_bytes)
-            self._remember(_candidate(found, int(number)), bool(len(able)))
+            self._remember(self._candidate(found, int(number)), bool(len(able)))
+
+    def _candidate(self, found: Survey, number: int) -> Candidate:
+        return Candidate(
+            cluster=found.cluster,
+            plan=found.plan(number),
+            step_time_s=float(found.time_s[number]),
+            peak_bytes=float(found.peak_bytes[number]),
+            usd_per_gpu_hour=self.question.price(found.cluster),
+        )
 
     def _simulated(self, cluster: Cluster, clusters: Sequence[Cluster], schedule: str) -> list[Candidate]:
         """The best plans of the nearest schedule with a closed form, run event by event in this one."""
@@ -168,7 +181,15 @@ class Gathering:
             else:
                 self.feasible += 1
                 seconds, peak = answer.step_time_s, answer.peak_memory_bytes
-                found.append(Candidate(cluster=cluster, plan=plan, step_time_s=seconds, peak_bytes=peak))
+                found.append(
+                    Candidate(
+                        cluster=cluster,
+                        plan=plan,
+                        step_time_s=seconds,
+                        peak_bytes=peak,
+                        usd_per_gpu_hour=question.price(cluster),
+                    )
+                )
         return found
 
     def _key(self, candidate: Candidate) -> tuple[float, ...]:
@@ -191,7 +212,7 @@ class Gathering:
         for number in found.front.tolist():
             seconds, peak = float(found.time_s[number]), float(found.peak_bytes[number])
             if not any(t <= seconds and p <= peak for t, p in old):
-                self.front.append(_candidate(found, number))
+                self.front.append(self._candidate(found, number))
 
     def _remember(self, candidate: Candidate, fits: bool) -> None:
         """What comes nearest to an answer: the fastest plan that fits, or else the one that needs least memory."""
@@ -266,12 +287,3 @@ def _best_of(question: Question, cluster: Cluster) -> Estimate | None:
     if not len(found.feasible):
         return None
     return estimate(question.model, cluster, found.plan(int(found.feasible[0])), question.training)
-
-
-def _candidate(found: Survey, number: int) -> Candidate:
-    return Candidate(
-        cluster=found.cluster,
-        plan=found.plan(number),
-        step_time_s=float(found.time_s[number]),
-        peak_bytes=float(found.peak_bytes[number]),
-    )

@@ -71,12 +71,13 @@ class StepTime:
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """One collective of data or pipeline parallelism; sizes as nccl-tests prints them."""
+    """One collective of data or pipeline parallelism, so many times; sizes as nccl-tests prints them."""
 
     role: str
     operation: str
     group: Group
     size_bytes: float
+    times: int = 1
 
 
 class Step:
@@ -161,11 +162,15 @@ class Step:
         """What brings the compute copy of so many parameters to every rank once: nothing without sharding."""
         if self.plan.zero == "0":
             return []
-        return [
-            Exchange(role, "all_gather", group, count * self.states.gathered)
-            for role, count, group, _ in self._shards(dense, expert)
-            if count and group.size > 1
+        shards = [
+            (role, count, group) for role, count, group, _ in self._shards(dense, expert) if count and group.size > 1
         ]
+        if self.stack.parameter_exchange == "broadcast" and not self.plan.shards_parameters:
+            return [
+                Exchange(role, "broadcast", group, count * self.states.gathered / group.size, group.size)
+                for role, count, group in shards
+            ]
+        return [Exchange(role, "all_gather", group, count * self.states.gathered) for role, count, group in shards]
 
     def reductions(self, dense: int, expert: int) -> list[Exchange]:
         """What sums the gradients of so many parameters over the ranks that share them."""
@@ -183,7 +188,7 @@ class Step:
         """Parameters with the group that shards them and that of its replicas: dense ones, then experts."""
         plan = self.plan
         experts = group_of(plan, "expert_dp")
-        if plan.zero != "hsdp":
+        if plan.zero != "hsdp" and not plan.hsdp_shard:
             return ("dp", dense, group_of(plan, "dp"), _ALONE), ("expert_dp", expert, experts, _ALONE)
         size = gcd(experts.size, shard_degrees(plan, self.hsdp_shard)[1])
         return (
@@ -203,14 +208,21 @@ class Step:
 
     def exchange_s(self, exchanges: list[Exchange]) -> float:
         """Seconds of exchanges one after the other."""
-        return sum(price(x.operation, x.size_bytes, self.cluster, x.group).time_s for x in exchanges)
+        return sum(x.times * price(x.operation, x.size_bytes, self.cluster, x.group).time_s for x in exchanges)
 
     # -- pipeline traffic ----------------------------------------------------------------------------------------
 
-    def p2p(self) -> Exchange:
+    def p2p(self) -> list[Exchange]:
         """One transfer of a micro-batch between neighbouring stages."""
+        plan = self.plan
         size = self.layout.elements(self.graph.layers[-1].output) * self.engine.impl.activation_bytes
-        return Exchange("pp", "send_recv", group_of(self.plan, "pp"), size)
+        pair = group_of(plan, "pp")
+        if plan.tp == 1 or plan.sequence_parallel or self.stack.pipeline_tensor == "whole":
+            return [Exchange("pp", "send_recv", pair, size)]
+        return [
+            Exchange("pp", "send_recv", pair, size / plan.tp),
+            Exchange("pp_slices", "all_gather", group_of(plan, "tp"), size),
+        ]
 
     def p2p_count(self, stage: Stage) -> int:
         """Transfers of one micro-batch that a rank takes part in.
@@ -234,7 +246,7 @@ class Step:
         if self.plan.pp == 1:
             return StageTime(forward, backward, 0.0)
         visible = self.stack.overlap.pipeline_exposed.si if self.plan.schedule == "interleaved" else 1.0
-        return StageTime(forward, backward, self.p2p_count(stage) * self.exchange_s([self.p2p()]) * visible)
+        return StageTime(forward, backward, self.p2p_count(stage) * self.exchange_s(self.p2p()) * visible)
 
     # -- the step ------------------------------------------------------------------------------------------------
 

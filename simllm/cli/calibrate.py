@@ -13,7 +13,7 @@ from simllm.cli.options import Json, Plot, count
 from simllm.cli.output import check_output, check_plot, emit, progress, write_file
 from simllm.errors import InputError, unknown_name
 
-__all__ = ["COMMANDS", "collectives"]
+__all__ = ["COMMANDS", "collectives", "runs"]
 
 
 def collectives(
@@ -92,4 +92,34 @@ def collectives(
     )
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {"collectives": collectives}
+def runs(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Table of training runs (CSV).")],
+    rounds: Annotated[
+        str, typer.Option("--rounds", metavar="N", help="How often predictions are linearised anew.")
+    ] = "2",
+    write: Annotated[
+        bool, typer.Option("--write", help="Write the values into the profiles in use. Default: print them.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Fit what only whole training runs can teach: the constants of run_constants.yaml.
+
+    They are few, physical and keyed by device or software, never by a model or a run; what runs do not tell stays near
+    its prior. `simllm validate runs FILE --cross-validate` says how well runs are predicted that a fit has not seen.
+
+    \b
+    Example:
+      simllm calibrate runs tests/published/training_runs.csv
+    """
+    from simllm.report.validation import constants_dict, constants_report
+    from simllm.validation.run_constants import write_values
+    from simllm.validation.run_fit import RunFit
+
+    passes = count(rounds, "--rounds", maximum=10)
+    with progress("passes over the runs") as tick:
+        values = RunFit(file, tick).fitted(passes)
+    written = [str(path) for path in write_values(values)] if write else []
+    emit(lambda: constants_dict(values, written), lambda: constants_report(values, written), as_json)
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {"collectives": collectives, "runs": runs}

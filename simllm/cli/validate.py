@@ -8,32 +8,60 @@ from typing import Annotated, Any
 
 import typer
 
-from simllm.cli.options import Json, Output, count
-from simllm.cli.output import check_output, emit, progress
+from simllm.cli.options import Json, Output, Plot, count
+from simllm.cli.output import check_output, check_plot, emit, progress, write_file
 
 __all__ = ["COMMANDS", "collectives", "runs"]
 
 
 def runs(
     file: Annotated[str, typer.Argument(metavar="FILE", help="Table of training runs (CSV).")],
+    cross_validate: Annotated[
+        bool,
+        typer.Option(
+            "--cross-validate",
+            help="Also fit the run constants again without each eighth of the runs, each source, each publication, "
+            "and predict those. Takes minutes.",
+        ),
+    ] = False,
+    ablate: Annotated[
+        bool, typer.Option("--ablate", help="Also print the errors without each effect: what it buys.")
+    ] = False,
+    plot: Plot = None,
     as_json: Json = False,
     output: Output = None,
 ) -> None:
     """Predict every training run of a table and print the errors.
 
     No row is dropped: what a row does not say is assumed by a stated rule, and one that cannot be modelled is listed
-    with its reason.
+    with its reason. The picture shows predicted against measured step times, and the errors of each source.
 
     \b
-    Example:
+    Examples:
       simllm validate runs tests/published/training_runs.csv
+      simllm validate runs tests/published/training_runs.csv --cross-validate --plot errors.png
     """
     from simllm.report.validation import validation_report
     from simllm.validation.runs import validate_runs
 
     check_output(output)
+    picture = check_plot(plot)
     with progress("runs predicted") as tick:
         report = validate_runs(file, progress=tick)
+    if ablate:
+        from simllm.validation.ablation import ablations
+
+        with progress("effects left out") as tick:
+            report = replace(report, ablations=ablations(file, report, tick))
+    if cross_validate:
+        from simllm.validation.run_fit import cross_validated
+
+        with progress("passes over the runs") as tick:
+            report = replace(report, cross_validation=cross_validated(file, tick))
+    if plot is not None:
+        from simllm.report.run_plots import plot_runs
+
+        write_file(plot, plot_runs(report, picture), "--plot")
     emit(report.to_dict, lambda: validation_report(report), as_json, output)
 
 

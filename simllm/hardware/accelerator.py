@@ -109,6 +109,9 @@ class Accelerator:
         Power limit.
     price_usd_per_hour : float or None
         A list price for renting one device.
+    sustained : tuple of (str, float)
+        Share of a short benchmark's matmul rate that long runs keep, by precision, where it is not that of the kernel
+        profile: devices with another power limit.
     reference_systems : tuple of str
         Systems of the catalog that hold this device or its nearest relative; the first is the usual one.
     figures : mapping of str to Figure
@@ -131,6 +134,7 @@ class Accelerator:
     scaleup_bandwidth: float | None = None
     tdp_w: float | None = None
     price_usd_per_hour: float | None = None
+    sustained: tuple[tuple[str, float], ...] = ()
     reference_systems: tuple[str, ...] = ()
     notes: str | None = None
     figures: Mapping[str, Figure] = field(default_factory=dict, compare=False, repr=False)

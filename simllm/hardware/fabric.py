@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 import msgspec
 
 from simllm.errors import InputError
-from simllm.hardware.figures import Count, Ratio
+from simllm.hardware.figures import BytesPerSecond, Count, Ratio
 from simllm.hardware.profiles import load_profile, load_profile_file, profile_file, register_kind
 
 __all__ = ["CubeMesh", "Fabric", "FatTree", "Mesh", "NVSwitch", "PCIe", "ScaleUpFabric", "Tier", "Torus", "load_fabric"]
@@ -71,10 +71,15 @@ class NVSwitch(Fabric, frozen=True, tag="nvswitch"):
 class Mesh(Fabric, frozen=True, tag="mesh"):
     """A direct link between every two devices: of the domain, or of each `island` of it.
 
-    Islands reach each other over PCIe.
+    Islands reach each other through the hosts: `between_islands` is what one can send to the others at once.
     """
 
     island: Count | None = None
+    between_islands: BytesPerSecond | None = None
+
+    def __post_init__(self) -> None:
+        if self.between_islands is not None and self.island is None:
+            raise ValueError("between_islands is given, but no island; give the devices of an island")
 
 
 class CubeMesh(Fabric, frozen=True, tag="cube-mesh"):

@@ -31,7 +31,7 @@ __all__ = [
     "explain",
 ]
 
-Basis = Literal["measured", "vendor", "derived", "assumed"]
+Basis = Literal["measured", "vendor", "derived", "fitted", "assumed"]
 
 
 class Figure(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -47,7 +47,8 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Publication, repository or page the number was read in.
     basis : str
         ``measured`` by someone who says how; printed by the ``vendor`` or operator; ``derived`` from other figures;
-        ``assumed``, with the reason in the note.
+        ``fitted`` to whole training runs, by the constants of hardware_profiles/run_constants.yaml; ``assumed``, with
+        the reason in the note.
     note : str or None
         What a reader must know to use the number.
 

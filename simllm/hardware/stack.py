@@ -161,6 +161,12 @@ class Stack(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         ``tp``: experts are split like the dense layers; ``one``: expert groups fold over the tensor-parallel ranks.
     vocab_multiple : Count
         The vocabulary is padded to a multiple of this times tp.
+    parameter_exchange : str
+        After a sharded update every rank gathers the others' parameters, or receives each rank's by a ``broadcast``
+        of its own.
+    pipeline_tensor : str
+        Without sequence parallelism every tensor-parallel rank holds the same activation. It sends its ``slice`` of it
+        to the next stage, whose ranks gather the slices (arXiv:2104.04473, section 4.1), or the ``whole``.
     """
 
     name: str
@@ -172,6 +178,8 @@ class Stack(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     costs: Costs
     expert_tensor_parallel: Literal["tp", "one"]
     vocab_multiple: Count
+    parameter_exchange: Literal["all_gather", "broadcast"] = "all_gather"
+    pipeline_tensor: Literal["slice", "whole"] = "whole"
 
     @property
     def figures(self) -> dict[str, Figure]:

@@ -319,8 +319,8 @@ class Kernels:
         """The share of a short benchmark's rate that a long run keeps: clocks fall at the power limit."""
         if self.burst:
             return 1.0
-        known = [name for name in self._form.precisions[precision].curves if name in self.profile.sustained]
-        return self.profile.sustained[known[0]] if known else 1.0
+        shares = {**self.profile.sustained, **dict(self.accelerator.sustained)}
+        return next((shares[name] for name in self._form.precisions[precision].curves if name in shares), 1.0)
 
 
 def bind_matmul(

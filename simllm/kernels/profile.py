@@ -54,6 +54,8 @@ class KernelProfile:
         Shortest time of a small kernel, seconds.
     sustained : mapping of str to float
         Long-run over benchmark matmul rate, by precision.
+    sustained_from : mapping of str to str
+        Name of the file that says so, by precision.
     assumptions : tuple of str
         What stands in for a measurement, for a person to read.
     """
@@ -67,6 +69,7 @@ class KernelProfile:
     memory_efficiency: float
     launch_s: float
     sustained: Mapping[str, float]
+    sustained_from: Mapping[str, str]
     assumptions: tuple[str, ...]
 
 
@@ -171,6 +174,7 @@ def _merge(accelerator: str, origin: str, chain: list[KernelFile]) -> KernelProf
     matmul: dict[str, MatmulEntry] = {}
     attention: dict[str, AttentionDirections] = {}
     sustained: dict[str, float] = {}
+    sustained_from: dict[str, str] = {}
     memory: Fraction | None = None
     launch: Seconds | None = None
     default_attention = "unfused"
@@ -183,6 +187,7 @@ def _merge(accelerator: str, origin: str, chain: list[KernelFile]) -> KernelProf
                 forward=entry.forward or below.forward, backward=entry.backward or below.backward
             )
         sustained |= {precision: figure.si for precision, figure in file.sustained_fraction.items()}
+        sustained_from |= dict.fromkeys(file.sustained_fraction, file.name)
         memory = file.memory_efficiency or memory
         launch = file.launch or launch
         default_attention = file.default_attention or default_attention
@@ -203,6 +208,7 @@ def _merge(accelerator: str, origin: str, chain: list[KernelFile]) -> KernelProf
         memory_efficiency=memory.si,
         launch_s=launch.si,
         sustained=sustained,
+        sustained_from=sustained_from,
         assumptions=_assumptions(accelerator, origin, chain),
     )
 

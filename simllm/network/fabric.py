@@ -110,7 +110,9 @@ def scaleup_share(cluster: Cluster, members: int, stride: int = 1) -> float:
     if members < 2:
         return 1.0
     if isinstance(wiring, Mesh):
-        return (members - 1) / (cluster.domain_gpus - 1)
+        meshed = min(cluster.domain_gpus, int(wiring.island.value) if wiring.island else cluster.domain_gpus)
+        near = min(members, max(1, meshed // stride))
+        return max(1, near - 1) / (meshed - 1)
     if isinstance(wiring, CubeMesh):
         ranks = {i * stride for i in range(members)}
         wires = [(a, b, links) for a, b, links in wiring.wires if a in ranks and b in ranks]
@@ -143,6 +145,10 @@ def fabric(cluster: Cluster, group: Group) -> Fabric:
     bandwidth = wire if up.host_limit is None else min(wire, up.host_limit.si)
     if up.shared:
         bandwidth /= domain.most
+    between = _between_islands(cluster, (domain.most - 1) * group.stride)
+    if between is not None:
+        # A ring crosses from island to island once each way, so all of its channels share what joins them.
+        bandwidth = wire = min(bandwidth, between)
     return Fabric(
         size=group.size,
         domain=domain,
@@ -156,6 +162,14 @@ def fabric(cluster: Cluster, group: Group) -> Fabric:
         paired=paired,
         ranks_per_process=group.ranks_per_process,
     )
+
+
+def _between_islands(cluster: Cluster, reach: int) -> float | None:
+    """What joins the islands of a domain, if a group that reaches so many ranks leaves one."""
+    wiring = cluster.scaleup_fabric
+    if not isinstance(wiring, Mesh) or wiring.island is None or wiring.between_islands is None:
+        return None
+    return wiring.between_islands.si if reach >= wiring.island.value else None
 
 
 def _pair_bandwidth(cluster: Cluster) -> float:

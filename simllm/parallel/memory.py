@@ -96,7 +96,7 @@ def shard_degrees(plan: Plan, hsdp_shard: int) -> tuple[int, int]:
     """Ranks over which data parallelism shards dense and expert states."""
     dense = plan.dp * plan.cp
     expert = dense * plan.tp // (plan.ep * plan.etp)
-    if plan.zero == "hsdp":
+    if plan.zero == "hsdp" or plan.hsdp_shard:
         return hsdp_shard, max(1, min(expert, hsdp_shard))
     return dense, expert
 

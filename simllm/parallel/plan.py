@@ -111,9 +111,9 @@ class Plan:
                 f"ep={self.ep} x etp={self.etp} does not divide the {self.dp * self.cp * self.tp} ranks of a pipeline "
                 f"stage (tp={self.tp} x cp={self.cp} x dp={self.dp})"
             )
-        if self.hsdp_shard and (self.zero != "hsdp" or (self.dp * self.cp) % self.hsdp_shard):
+        if self.hsdp_shard and (self.zero not in ("1", "hsdp") or (self.dp * self.cp) % self.hsdp_shard):
             raise InputError(
-                f"hsdp_shard={self.hsdp_shard} needs zero=hsdp and must divide dp x cp = {self.dp * self.cp}"
+                f"hsdp_shard={self.hsdp_shard} needs zero=hsdp or zero=1 and must divide dp x cp = {self.dp * self.cp}"
             )
 
     def _batch_advice(self) -> str:

@@ -91,10 +91,7 @@ class Assembly:
         m = self.global_batch_size // (dp * columns["micro_batch_size"][cells])
         keys = np.stack([columns["tp"][cells], columns["ep"][cells], self.cells.etp[cells]])
         _, first, share = np.unique(keys, axis=1, return_index=True, return_inverse=True)
-        sharing = tuple(
-            self.cells.fields(int(cells[i])) | {"pp": pp, "dp": int(dp[i]), "global_batch_size": self.global_batch_size}
-            for i in first
-        )
+        sharing = tuple(self._fields(int(cells[i]), pp, int(dp[i])) for i in first)
         counts = m.astype(np.float64)
         frame = Frame(cells, counts, blocks, np.zeros_like(counts), share.ravel(), sharing)
         if pp == 1:
@@ -102,11 +99,16 @@ class Assembly:
         plain = Structure(
             precision=precision, pp=pp, vpp=1, schedule="1f1b", uneven_layers=True, zero="0", offload=Offload()
         )
-        step = self.shared.step(plain, sharing[0])
-        sizes, inverse = np.unique(prices.transfer_bytes[cells], return_inverse=True)
-        transfer = step.p2p()
-        seconds = np.array([step.exchange_s([replace(transfer, size_bytes=size)]) for size in sizes.tolist()])
-        return replace(frame, transfer_s=seconds[inverse])
+        split = columns["sequence_parallel"][cells]
+        like = np.stack([prices.transfer_bytes[cells], columns["tp"][cells], split])
+        _, one, inverse = np.unique(like, axis=1, return_index=True, return_inverse=True)
+        steps = [self.shared.step(plain, self._fields(int(cells[i]), pp, int(dp[i]))) for i in one]
+        seconds = np.array([step.exchange_s(step.p2p()) for step in steps])
+        return replace(frame, transfer_s=seconds[inverse.ravel()])
+
+    def _fields(self, cell: int, pp: int, dp: int) -> dict[str, Any]:
+        """The fields of a plan that its cell and its degrees decide."""
+        return self.cells.fields(cell) | {"pp": pp, "dp": dp, "global_batch_size": self.global_batch_size}
 
     def evaluate(self, frame: Frame, structures: list[Structure]) -> Iterator[Evaluated]:
         """Time and memory of the cells of a frame in structures that differ in their sharding only.

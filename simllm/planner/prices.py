@@ -76,7 +76,7 @@ class Prices:
         plan = Plan(**fields, dp=ranks, global_batch_size=batch, precision=self._precision)
         step = Step(model, cluster, plan, training)
         layout, impl, policy = step.layout, step.engine.impl, plan.recompute
-        self.transfer_bytes[cell] = step.p2p().size_bytes
+        self.transfer_bytes[cell] = sum(exchange.size_bytes for exchange in step.p2p())
         for graph, is_layer in self._graphs:
             block = self.blocks[id(graph)]
             cost = step.engine.block(graph, layout, step.groups, policy, is_layer)

@@ -111,12 +111,15 @@ def memory_line(answer: Estimate) -> str:
     """The peak against what there is."""
     peak, usable = answer.peak_memory_bytes, answer.usable_memory_bytes
     whole = answer.cluster.accelerator.memory_bytes
+    low, high = answer.peak_memory_interval_bytes
+    # In the interval that published peaks lie in, as step_line says of times.
+    found = f"{format_bytes(peak)} ({format_bytes(low)} to {format_bytes(high)})"
     room = f"{format_bytes(whole - usable)} of head-room"
     if peak <= usable:
         free = format_bytes(whole - peak)
-        return f"{format_bytes(peak)} of {format_bytes(whole)} at the peak: fits, {free} free with {room}"
+        return f"{found} of {format_bytes(whole)} at the peak: fits, {free} free with {room}"
     much = format_bytes(peak - usable)
-    return f"{format_bytes(peak)} of {format_bytes(whole)} with {room}: DOES NOT FIT, {much} too much"
+    return f"{found} of {format_bytes(whole)} with {room}: DOES NOT FIT, {much} too much"
 
 
 def host_line(host: HostMemory) -> str:

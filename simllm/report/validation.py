@@ -13,14 +13,17 @@ from rich.text import Text
 
 from simllm.report.text import heading, paragraph, table
 from simllm.validation.collectives import CollectiveReport, CollectiveResult
+from simllm.validation.run_constants import run_constants, shipped_values
 from simllm.validation.runs import RunResult, ValidationReport
+from simllm.validation.scoring import Score
 
-__all__ = ["collective_validation_report", "validation_report"]
+__all__ = ["collective_validation_report", "constants_dict", "constants_report", "validation_report"]
 
 _COLLECTIVE_GROUPS = ("regime", "machine", "collective", "gpu", "system")
 _GROUPS = ("tier", "gpu", "framework", "stack")
 #: Reasons that a table names; the document has every row's.
 _REASONS_SHOWN = 12
+_WORST_SHOWN = 10
 
 
 def validation_report(report: ValidationReport) -> list[RenderableType]:
@@ -44,8 +47,96 @@ def validation_report(report: ValidationReport) -> list[RenderableType]:
         ),
         *_scores("step time", summary, _GROUPS),
         *_scores("peak memory", summary["memory"], _GROUPS[:3]),
+        *_cross_validation(report.cross_validation),
+        *_ablations(report.ablations),
+        *_worst(report),
         *_unsupported(report.rows),
     ]
+    return parts
+
+
+#: What predictions have not seen, in words.
+_LEFT_OUT = {
+    "nothing": "in sample",
+    "fold": "8 folds by publication and model",
+    "source": "without its source (publication and device)",
+    "publication": "without its publication",
+}
+
+
+def _cross_validation(found: Mapping[str, Any]) -> list[RenderableType]:
+    """Errors in sample and out of it, side by side."""
+    if not found:
+        return []
+    parts: list[RenderableType] = [
+        Text(),
+        paragraph(f"Step times with {found['constants']} run constants fitted to the runs that are not left out:"),
+    ]
+    for tier in found["nothing"]:
+        scores = {words: found[left_out][tier] for left_out, words in _LEFT_OUT.items()}
+        parts += [Text(), _table(f"tier {tier}", scores)]
+    return parts
+
+
+def _ablations(found: Mapping[str, Mapping[str, Score]]) -> list[RenderableType]:
+    """What each effect buys."""
+    if not found:
+        return []
+    scores = {name: by_tier["A and B"].to_dict() for name, by_tier in found.items()}
+    return [Text(), _table("step time, tiers A and B", scores)]
+
+
+def _worst(report: ValidationReport) -> list[RenderableType]:
+    """The runs farthest off, with where their predicted time goes."""
+    known = [(row, o.predicted / o.measured - 1) for row in report.scored if (o := row.step_time)]
+    known.sort(key=lambda pair: -abs(pair[1]))
+    seen: set[str] = set()
+    rows: list[tuple[str, ...]] = []
+    for row, error in known:
+        if row.config_key not in seen and len(rows) < _WORST_SHOWN:
+            seen.add(row.config_key)
+            total = sum(row.predicted_by_cause.values())
+            top = sorted(row.predicted_by_cause.items(), key=lambda item: -item[1])[:3]
+            goes = ", ".join(f"{cause.replace('_', ' ')} {seconds / total:.0%}" for cause, seconds in top)
+            rows.append((row.id, f"{error:+.0%}", row.gpu, row.framework, goes))
+    if not rows:
+        return []
+    columns = ("farthest off", "error", "device", "framework", "predicted time goes to")
+    left = ("farthest off", "device", "framework", "predicted time goes to")
+    return [Text(), table(columns, rows, left=left, wrap=("framework", "predicted time goes to"))]
+
+
+def constants_dict(values: Mapping[str, float], written: Sequence[str]) -> dict[str, Any]:
+    """Fitted constants as plain data."""
+    catalog = run_constants().constants
+    shipped = shipped_values()
+    return {
+        "constants": {
+            name: {
+                "value": value,
+                "in_use": shipped[name],
+                "prior": run_constants().prior(name),
+                "figures": list(catalog[name].figures),
+                "note": catalog[name].note,
+            }
+            for name, value in values.items()
+        },
+        "written": list(written),
+    }
+
+
+def constants_report(values: Mapping[str, float], written: Sequence[str]) -> list[RenderableType]:
+    """Fitted constants to read, beside what they were drawn to."""
+    found = constants_dict(values, written)["constants"]
+    rows = [
+        (name, f"{one['value']:.3g}", f"{one['in_use']:.3g}", f"{one['prior']:.3g}", one["note"])
+        for name, one in found.items()
+        if one["figures"]
+    ]
+    columns = ("constant", "fitted", "in use", "prior", "what it is")
+    parts: list[RenderableType] = [table(columns, rows, left=("constant", "what it is"), wrap=("what it is",))]
+    if written:
+        parts += [Text(), paragraph(f"written: {', '.join(written)}")]
     return parts
 
 

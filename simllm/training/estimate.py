@@ -19,7 +19,7 @@ from simllm.training.offload import HostMemory, host_memory
 from simllm.training.run import Training
 from simllm.training.step import Step, StepTime
 from simllm.training.traffic import GroupTraffic, communication
-from simllm.training.uncertainty import step_time_interval
+from simllm.training.uncertainty import peak_memory_interval, step_time_interval
 
 __all__ = ["Estimate", "estimate", "plan_dict"]
 
@@ -127,6 +127,11 @@ class Estimate:
         """Eight of ten published runs of this kind lie inside, by the errors seen in validation."""
         return step_time_interval(self.step_time_s, self.cluster.accelerator)
 
+    @property
+    def peak_memory_interval_bytes(self) -> tuple[float, float]:
+        """Eight of ten published peaks lie inside, by the errors seen in validation."""
+        return peak_memory_interval(self.peak_memory_bytes)
+
     @cached_property
     def assumptions(self) -> tuple[str, ...]:
         """What stands in for something not known."""
@@ -178,6 +183,7 @@ class Estimate:
             "fits": self.fits,
             "memory": {
                 "peak_bytes": self.peak_memory_bytes,
+                "peak_interval_bytes": list(self.peak_memory_interval_bytes),
                 "capacity_bytes": self.cluster.accelerator.memory_bytes,
                 "usable_bytes": self.usable_memory_bytes,
                 "by_kind": dict(peak.by_kind),

@@ -76,12 +76,13 @@ class StepTime:
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """One collective of data or pipeline parallelism; sizes as nccl-tests prints them."""
+    """One collective of data or pipeline parallelism, so many times; sizes as nccl-tests prints them."""
 
     role: str
     operation: str
     group: Group
     size_bytes: float
+    times: int = 1
 
 
 class Step:
@@ -178,11 +179,15 @@ class Step:
         """What brings the compute copy of so many parameters to every rank once: nothing without sharding."""
         if self.plan.zero == "0":
             return []
-        return [
-            Exchange(role, "all_gather", group, count * self.states.gathered)
-            for role, count, group, _ in self._shards(dense, expert)
-            if count and group.size > 1
+        shards = [
+            (role, count, group) for role, count, group, _ in self._shards(dense, expert) if count and group.size > 1
         ]
+        if self.stack.parameter_exchange == "broadcast" and not self.plan.shards_parameters:
+            return [
+                Exchange(role, "broadcast", group, count * self.states.gathered / group.size, group.size)
+                for role, count, group in shards
+            ]
+        return [Exchange(role, "all_gather", group, count * self.states.gathered) for role, count, group in shards]
 
     def reductions(self, dense: int, expert: int) -> list[Exchange]:
         """What sums the gradients of so many parameters over the ranks that share them."""
@@ -200,7 +205,7 @@ class Step:
         """Parameters with the group that shards them and that of its replicas: dense ones, then experts."""
         plan = self.plan
         experts = group_of(plan, "expert_dp")
-        if plan.zero != "hsdp":
+        if plan.zero != "hsdp" and not plan.hsdp_shard:
             # Where the pipeline holds two copies of the model, the ranks of one stage sum their gradients too.
             twin = Group(size=2, stride=group_of(plan, "pp").stride) if plan.pipeline.copies == 2 else _ALONE
             return ("dp", dense, group_of(plan, "dp"), twin), ("expert_dp", expert, experts, twin)
@@ -222,14 +227,21 @@ class Step:
 
     def exchange_s(self, exchanges: list[Exchange]) -> float:
         """Seconds of exchanges one after the other."""
-        return sum(price(x.operation, x.size_bytes, self.cluster, x.group).time_s for x in exchanges)
+        return sum(x.times * price(x.operation, x.size_bytes, self.cluster, x.group).time_s for x in exchanges)
 
     # -- pipeline traffic ----------------------------------------------------------------------------------------
 
-    def p2p(self) -> Exchange:
+    def p2p(self) -> list[Exchange]:
         """One transfer of a micro-batch between neighbouring stages."""
+        plan = self.plan
         size = self.layout.elements(self.graph.layers[-1].output) * self.engine.impl.activation_bytes
-        return Exchange("pp", "send_recv", group_of(self.plan, "pp"), size)
+        pair = group_of(plan, "pp")
+        if plan.tp == 1 or plan.sequence_parallel or self.stack.pipeline_tensor == "whole":
+            return [Exchange("pp", "send_recv", pair, size)]
+        return [
+            Exchange("pp", "send_recv", pair, size / plan.tp),
+            Exchange("pp_slices", "all_gather", group_of(plan, "tp"), size),
+        ]
 
     @cached_property
     def transfer_s(self) -> tuple[float, float]:
@@ -237,7 +249,7 @@ class Step:
         if self.plan.pp == 1:
             return 0.0, 0.0
         share = transfer_share(self.plan.vpp, self.plan.pipeline, self.stack.overlap)
-        return self.exchange_s([self.p2p()]), share
+        return self.exchange_s(self.p2p()), share
 
     def stage_time(self, stage: Stage) -> StageTime:
         """One micro-batch on one pipeline rank, transfers apart."""

@@ -84,11 +84,11 @@ def _exchanges(step: Step, rank: int) -> Iterator[tuple[Exchange, float]]:
             yield Exchange(item.group, item.op, group, item.size_bytes), item.count * times * m
         if plan.shards_parameters:
             weights = block_weights(graph, step.layout)
-            yield from ((x, 2 * times * m) for x in step.gathers(*weights))
-            yield from ((x, times * m) for x in step.reductions(*weights))
+            yield from ((x, 2 * times * m * x.times) for x in step.gathers(*weights))
+            yield from ((x, times * m * x.times) for x in step.reductions(*weights))
     if not plan.shards_parameters:
         weights = stage_weights(stage, step.layout, plan.pp)
-        yield from ((x, 1) for x in step.gathers(*weights))
+        yield from ((x, x.times) for x in step.gathers(*weights))
         yield from ((x, m if plan.zero == "2" else 1) for x in step.reductions(*weights))
     if plan.pp > 1:
-        yield step.p2p(), transfers_of(stage, plan.pp, plan.vpp, plan.pipeline) * m
+        yield from ((x, transfers_of(stage, plan.pp, plan.vpp, plan.pipeline) * m) for x in step.p2p())

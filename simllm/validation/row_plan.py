@@ -7,13 +7,14 @@ from functools import lru_cache
 from math import gcd
 
 from simllm.errors import InputError
-from simllm.hardware import Cluster, make_cluster
+from simllm.hardware import Cluster, load_cluster, make_cluster
 from simllm.hardware.stack import Stack
 from simllm.models import Model
 from simllm.models.activations import Recompute
 from simllm.models.spec import MoESpec
 from simllm.parallel.plan import Plan, Zero, even_split
 from simllm.parallel.schedules import SCHEDULES
+from simllm.validation.system_names import system_in
 from simllm.validation.table import Row
 
 __all__ = ["run_cluster", "run_plan"]
@@ -42,6 +43,11 @@ _RECOMPUTES_BY_DEFAULT = frozenset({"xla", "automodel"})
 #: others and all that is pointwise again (arXiv:2410.06511, section 2.1.3). Its products are q, k, v, o, gate, up and
 #: down, of which k, o and up run again.
 _SELECTIVE_PER_OPERATOR = ("mixer_norm", "k", "q_norm", "k_norm", "rope", "o", "mlp_norm", "up", "act")
+
+#: What is kept under remat_policy=save_qkv_proj, the setting of NVIDIA's MaxText recipes (NVIDIA/dgxc-benchmarking
+#: maxtext/configure.sh); the last product of a layer is never run again, because no backward needs its output.
+_KEPT_BY_GPU_RECIPES = ("qkv", "down")
+_CUDA_DEVICES = ("v100", "a100", "h100", "h200", "b200", "b300", "gb200", "gb300")
 
 #: Words of a network's description and the link class they mean.
 _NETWORKS = (("roce", "roce"), ("tcpxo", "gpudirect-tcpxo"), ("tcpx", "gpudirect-tcpx"), ("efa", "efa"))
@@ -78,6 +84,10 @@ def run_cluster(row: Row) -> Cluster:
     per_node = row.integer("gpus_per_node")
     network = row.number("node_network_GBps")
     described = row.text("interconnect").casefold()
+    machine = system_in(described, gpu)
+    if machine is not None and machine.system and per_node in (None, machine.gpus_per_node):
+        row.assume(f"the interconnect names {machine.system}: its description is used")
+        return load_cluster(machine.system, num_gpus)
     link = next((link for word, link in _NETWORKS if re.search(rf"\b{word}\b", described)), None)
     cluster = _cluster(gpu, num_gpus, per_node, network * 1e9 if network else None, link)
     if per_node is None:
@@ -111,6 +121,7 @@ def run_plan(row: Row, model: Model, cluster: Cluster, stack: Stack, base: str, 
     ep, etp = _experts(row, model, stack, tp, tp * cp * dp)
     micro_batch, global_batch = _batch(row, dp)
     schedule, vpp = _schedule(row, pp)
+    zero = _zero(row, base, dp * cp)
     return Plan(
         tp=tp,
         pp=pp,
@@ -119,7 +130,8 @@ def run_plan(row: Row, model: Model, cluster: Cluster, stack: Stack, base: str, 
         ep=ep,
         etp=etp,
         dp=dp,
-        zero=_zero(row, base, dp * cp),
+        zero=zero,
+        hsdp_shard=_shard_group(row, dp * cp) if zero == "1" else 0,
         sequence_parallel=_sequence_parallel(row, base, tp),
         micro_batch_size=micro_batch,
         global_batch_size=global_batch,
@@ -166,6 +178,15 @@ def _experts(row: Row, model: Model, stack: Stack, tp: int, stage_gpus: int) -> 
         etp = gcd(tp, gcd(moe.expert.intermediate_size, stage_gpus // gcd(stage_gpus, ep)))
         row.assume(f"experts are split over the tensor-parallel ranks like dense layers: etp={etp}")
     return ep, etp
+
+
+def _shard_group(row: Row, ranks: int) -> int:
+    """Ranks that share one set of optimizer states where the settings name fewer than all; 0 for all."""
+    stated = re.search(
+        r"sharded (?:over|within) (\d+) (?:ranks|gpus)|zero1=(\d+)", row.text("overlap_notes").casefold()
+    )
+    size = int(stated[1] or stated[2]) if stated else ranks
+    return size if size < ranks and ranks % size == 0 else 0
 
 
 def _batch(row: Row, dp: int) -> tuple[int, int]:
@@ -255,17 +276,18 @@ def _sequence_parallel(row: Row, base: str, tp: int) -> bool:
 def _recompute(row: Row, base: str, model: Model) -> Recompute:
     """What runs again in the backward pass."""
     stated = row.text("recompute").casefold()
+    maxtext = row.text("framework").casefold().startswith("maxtext")
+    if not stated and maxtext and row.text("gpu").startswith(_CUDA_DEVICES):
+        again = tuple(name for name in _layer_operators(model) if name not in _KEPT_BY_GPU_RECIPES)
+        row.assume("recompute is not stated: MaxText's GPU recipes keep the projections of query, key and value")
+        return Recompute(kind="list", operators=again)
     if not stated:
         usual = "full" if base in _RECOMPUTES_BY_DEFAULT else "none"
         row.assume(f"recompute is not stated: {usual}, as {base} does")
         return Recompute.parse(usual)
     if stated == "selective" and base.startswith("torchtitan"):
-        present = {
-            name
-            for graph in model.graph.layers
-            for operator in graph.operators
-            for name in (operator.name, *(output.name for output in operator.outputs))
-        }
+        parts = {output.name for graph in model.graph.layers for op in graph.operators for output in op.outputs}
+        present = parts | set(_layer_operators(model))
         again = tuple(name for name in _SELECTIVE_PER_OPERATOR if name in present)
         row.assume(f"selective recomputation of torchtitan runs {', '.join(again)} again")
         return Recompute(kind="list", operators=again)
@@ -273,6 +295,11 @@ def _recompute(row: Row, base: str, model: Model) -> Recompute:
         row.assume("selective recomputation of MaxText keeps a few named tensors: taken as full")
         return Recompute.parse("full")
     return Recompute.parse(stated)
+
+
+def _layer_operators(model: Model) -> tuple[str, ...]:
+    """Names of the operators in the model's layers, in order."""
+    return tuple(dict.fromkeys(operator.name for graph in model.graph.layers for operator in graph.operators))
 
 
 def _precision(row: Row, cluster: Cluster) -> str:

@@ -17,6 +17,8 @@ from simllm.validation.table import Row
 
 __all__ = ["base_stack", "check_task", "dropout_of", "run_stack", "state_what_is_not_modelled"]
 
+_Load = Callable[[str], Stack]
+
 #: What stands in for a framework that no stack names.
 _FALLBACK = "megatron-core"
 
@@ -57,11 +59,19 @@ def dropout_of(row: Row, name: str) -> float:
     return _DROPOUT
 
 
-def run_stack(row: Row, name: str) -> Stack:
-    """A stack with the settings that the row states."""
-    stack = load_stack(name)
+def run_stack(row: Row, name: str, load: _Load = load_stack) -> Stack:
+    """A stack with the settings that the row states.
+
+    Parameters
+    ----------
+    row : Row
+    name : str
+    load : callable
+        Gives a stack by its name.
+    """
+    stack = load(name)
     for refine in _REFINEMENTS:
-        changed = refine(row, stack)
+        changed = refine(row, stack, load)
         if changed is not None:
             stack, sentence = changed
             row.assume(sentence)
@@ -72,7 +82,7 @@ def _states_flash(row: Row) -> bool:
     return row.text("flash_attention") not in ("", "0", "0.0")
 
 
-def _attention(row: Row, stack: Stack) -> tuple[Stack, str] | None:
+def _attention(row: Row, stack: Stack, load: _Load) -> tuple[Stack, str] | None:
     """The attention kernel that the row states."""
     given = row.text("flash_attention").casefold().removesuffix(".0")
     kernel = stack.kernels.attention
@@ -90,7 +100,7 @@ def _attention(row: Row, stack: Stack) -> tuple[Stack, str] | None:
     return msgspec.structs.replace(stack, kernels=kernels), f"flash_attention={given}: attention runs {wanted}"
 
 
-def _no_overlap(row: Row, stack: Stack) -> tuple[Stack, str] | None:
+def _no_overlap(row: Row, stack: Stack, load: _Load) -> tuple[Stack, str] | None:
     """A run with all overlap switched off."""
     if "non-overlap" not in row.text("overlap_notes").casefold():
         return None
@@ -99,13 +109,13 @@ def _no_overlap(row: Row, stack: Stack) -> tuple[Stack, str] | None:
     return msgspec.structs.replace(stack, overlap=overlap), "the settings exclude overlap: all communication shows"
 
 
-def _tensor_parallel_overlap(row: Row, stack: Stack) -> tuple[Stack, str] | None:
+def _tensor_parallel_overlap(row: Row, stack: Stack, load: _Load) -> tuple[Stack, str] | None:
     """Tensor-parallel communication overlapped or not, as the settings say."""
     settings = row.text("overlap_notes").casefold()
     if "non-overlap" in settings:
         return None
     stated = re.search(r"\b(tp|tensor.parallel) comm(unication)? overlap( off)?|async tp|asynctp", settings)
-    overlapped, exposed = load_stack("nemo"), load_stack("megatron-core")
+    overlapped, exposed = load("nemo"), load("megatron-core")
     now = stack.overlap.tensor_parallel_exposed.si
     if stated and not (stated.group(3) or ""):
         share, what = overlapped.overlap.tensor_parallel_exposed, "tensor-parallel communication is overlapped"
@@ -122,7 +132,7 @@ def _tensor_parallel_overlap(row: Row, stack: Stack) -> tuple[Stack, str] | None
     return msgspec.structs.replace(stack, overlap=overlap), f"by the row's settings {what}"
 
 
-def _gradients_in_16_bits(row: Row, stack: Stack) -> tuple[Stack, str] | None:
+def _gradients_in_16_bits(row: Row, stack: Stack, load: _Load) -> tuple[Stack, str] | None:
     """Gradients reduced in 16 bits where the settings say so (Composer's mode PURE, NeMo's grad_sync_dtype)."""
     text = f"{row.text('overlap_notes')} {row.text('notes')}".casefold()
     if not ("mode=pure" in text or "grad_sync bf16" in text) or stack.states.gradient_on_wire.si == 2:
@@ -132,7 +142,7 @@ def _gradients_in_16_bits(row: Row, stack: Stack) -> tuple[Stack, str] | None:
     return msgspec.structs.replace(stack, states=states), "gradients are reduced in 16 bits, as the notes state"
 
 
-def _parameters_in_8_bits(row: Row, stack: Stack) -> tuple[Stack, str] | None:
+def _parameters_in_8_bits(row: Row, stack: Stack, load: _Load) -> tuple[Stack, str] | None:
     """Parameters gathered in 8 bits where the settings say so."""
     text = f"{row.text('overlap_notes')} {row.text('notes')}".casefold()
     if not ("fp8_params" in text or "float8 all-gather" in text):
@@ -142,7 +152,7 @@ def _parameters_in_8_bits(row: Row, stack: Stack) -> tuple[Stack, str] | None:
     return msgspec.structs.replace(stack, states=states), "parameters are gathered in 8 bits, as the settings state"
 
 
-def _loss_before_2025(row: Row, stack: Stack) -> tuple[Stack, str] | None:
+def _loss_before_2025(row: Row, stack: Stack, load: _Load) -> tuple[Stack, str] | None:
     """torchtitan compiles its loss since 2025; before, the float32 steps of cross-entropy were tensors of their own."""
     dated = re.search(r"_20(\d\d)-?[01]\d\b|_20(\d\d)[01]\d_|arXiv:(\d\d)[01]\d\.", row.text("source"))
     if stack.name != "torchtitan" or (dated and int(next(filter(None, dated.groups()))) >= 25):
@@ -157,7 +167,7 @@ def _loss_before_2025(row: Row, stack: Stack) -> tuple[Stack, str] | None:
     return msgspec.structs.replace(stack, costs=costs), "the loss is not compiled, as in torchtitan until 2024"
 
 
-_REFINEMENTS: tuple[Callable[[Row, Stack], tuple[Stack, str] | None], ...] = (
+_REFINEMENTS: tuple[Callable[[Row, Stack, _Load], tuple[Stack, str] | None], ...] = (
     _attention,
     _no_overlap,
     _tensor_parallel_overlap,
@@ -170,7 +180,6 @@ _REFINEMENTS: tuple[Callable[[Row, Stack], tuple[Stack, str] | None], ...] = (
 #: What notes may state and the engine does not model, with the sentence that says what is priced instead.
 _NOT_MODELLED = (
     (r"cp via a2a", "context parallelism by all-to-all is priced as a ring"),
-    (r"zero1=\d|sharded over [48] ranks", "optimizer states are priced as sharded over all data-parallel ranks"),
     (r"token.?drop|capacity factor|pad.to.capacity", "dropping and padding of tokens is priced as balanced routing"),
     (r"cuda graph", "the gain of CUDA graphs is not priced"),
     (r"(?<!w/o )(?<!without )\bmtp\b", "layers for multi-token prediction are not priced"),

@@ -7,13 +7,14 @@ the reason. No row is dropped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
 from simllm.errors import InputError
+from simllm.hardware.stack import load_stack
 from simllm.models import Model
 from simllm.models.spec import ModelSpec
 from simllm.training import Estimate, Training, estimate
@@ -26,10 +27,11 @@ from simllm.validation.row_stack import (
     run_stack,
     state_what_is_not_modelled,
 )
+from simllm.validation.run_constants import Constants
 from simllm.validation.scoring import Outcome, Score, score, score_by
 from simllm.validation.table import Row, read_table
 
-__all__ = ["HEADLINE_TIERS", "NEEDED_COLUMNS", "RunResult", "ValidationReport", "validate_runs"]
+__all__ = ["HEADLINE_TIERS", "NEEDED_COLUMNS", "RunResult", "ValidationReport", "run_result", "validate_runs"]
 
 #: Columns without which no row can be priced; the others may be missing or empty.
 NEEDED_COLUMNS = ("gpu", "n_gpus", "layers", "hidden", "heads", "seq_len", "global_batch_seqs")
@@ -58,6 +60,8 @@ class RunResult:
         Over full attention, against the peak of the plan's precision; both from the same FLOPs.
     measured_peak_memory_bytes, predicted_peak_memory_bytes : float or None
         In the view that ``memory_kind`` names.
+    predicted_by_cause : mapping of str to float
+        Seconds of the predicted step time by cause.
     assumptions : tuple of str
         What the row does not state.
     """
@@ -77,6 +81,7 @@ class RunResult:
     predicted_mfu: float | None = None
     measured_peak_memory_bytes: float | None = None
     predicted_peak_memory_bytes: float | None = None
+    predicted_by_cause: Mapping[str, float] = field(default_factory=dict)
     assumptions: tuple[str, ...] = ()
 
     @property
@@ -104,15 +109,28 @@ class RunResult:
     def to_dict(self) -> dict[str, Any]:
         """Plain data with stable keys, SI units."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__} | {
-            "assumptions": list(self.assumptions)
+            "predicted_by_cause": dict(self.predicted_by_cause),
+            "assumptions": list(self.assumptions),
         }
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationReport:
-    """Every row, and the errors over all of them."""
+    """Every row, and the errors over all of them.
+
+    Attributes
+    ----------
+    rows : tuple of RunResult
+    cross_validation : mapping
+        Errors by tier of predictions that have not seen a part of the runs, by what was left out; empty if not asked
+        for.
+    ablations : mapping
+        Errors by tier without each effect; empty if not asked for.
+    """
 
     rows: tuple[RunResult, ...]
+    cross_validation: Mapping[str, Any] = field(default_factory=dict)
+    ablations: Mapping[str, Mapping[str, Score]] = field(default_factory=dict)
 
     @property
     def scored(self) -> tuple[RunResult, ...]:
@@ -152,7 +170,12 @@ class ValidationReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data with stable keys, SI units."""
-        return {"rows": [row.to_dict() for row in self.rows], "summary": self.summary}
+        document: dict[str, Any] = {"rows": [row.to_dict() for row in self.rows], "summary": self.summary}
+        if self.cross_validation:
+            document["cross_validation"] = dict(self.cross_validation)
+        if self.ablations:
+            document["ablations"] = {name: _plain(dict(scores)) for name, scores in self.ablations.items()}
+        return document
 
 
 def _by(
@@ -166,7 +189,9 @@ def _plain(scores: dict[str, Score]) -> dict[str, dict[str, float | int | None]]
     return {name: found.to_dict() for name, found in scores.items()}
 
 
-def validate_runs(path: str | Path, progress: Callable[[int, int], None] | None = None) -> ValidationReport:
+def validate_runs(
+    path: str | Path, progress: Callable[[int, int], None] | None = None, constants: Constants | None = None
+) -> ValidationReport:
     """Price every run of a table.
 
     Parameters
@@ -175,6 +200,8 @@ def validate_runs(path: str | Path, progress: Callable[[int, int], None] | None 
         A CSV file with the columns of tests/published/training_runs.csv, of which `NEEDED_COLUMNS` must be there.
     progress : callable, optional
         Called with the rows done and their number after each row.
+    constants : Constants, optional
+        Other values for what only runs can teach than those of the profiles.
 
     Raises
     ------
@@ -185,13 +212,23 @@ def validate_runs(path: str | Path, progress: Callable[[int, int], None] | None 
     models: dict[ModelSpec, Model] = {}
     results = []
     for done, row in enumerate(table, 1):
-        results.append(_result(row, models))
+        results.append(run_result(row, models, constants))
         if progress is not None:
             progress(done, len(table))
     return ValidationReport(rows=tuple(results))
 
 
-def _result(row: Row, models: dict[ModelSpec, Model]) -> RunResult:
+def run_result(row: Row, models: dict[ModelSpec, Model], constants: Constants | None = None) -> RunResult:
+    """One row with its prediction.
+
+    Parameters
+    ----------
+    row : Row
+    models : dict
+        Models by their spec, built once and added to.
+    constants : Constants, optional
+        In place of what the profiles say.
+    """
     name = row.text("id") or f"line {row.line}"
     result = RunResult(
         id=name,
@@ -209,7 +246,7 @@ def _result(row: Row, models: dict[ModelSpec, Model]) -> RunResult:
             measured_step_time_s=_measured_step_time(row),
             measured_peak_memory_bytes=_measured_memory(row),
         )
-        answer = _price(row, models)
+        answer = _price(row, models, constants)
     except InputError as error:
         return replace(result, reason=str(error), assumptions=tuple(row.assumptions))
     measured = result.measured_step_time_s
@@ -222,20 +259,23 @@ def _result(row: Row, models: dict[ModelSpec, Model]) -> RunResult:
         measured_mfu=answer.mfu * answer.step_time_s / measured if measured else None,
         predicted_mfu=answer.mfu,
         predicted_peak_memory_bytes=memory,
+        predicted_by_cause=answer.time.by_cause,
         assumptions=(*row.assumptions, *answer.assumptions),
     )
 
 
-def _price(row: Row, models: dict[ModelSpec, Model]) -> Estimate:
+def _price(row: Row, models: dict[ModelSpec, Model], constants: Constants | None) -> Estimate:
     """The prediction of a row."""
     check_task(row)
     seq_len = row.needed_integer("seq_len", 2**27)
     cluster = run_cluster(row)
+    if constants is not None:
+        cluster = constants.cluster(cluster)
     base = base_stack(row)
     spec = model_spec(row, seq_len, dropout_of(row, base))
     model = models.setdefault(spec, Model(spec))
     check_parameters(row, model)
-    stack = run_stack(row, base)
+    stack = run_stack(row, base, load_stack if constants is None else constants.load_stack)
     plan = run_plan(row, model, cluster, stack, base, seq_len)
     state_what_is_not_modelled(row)
     return estimate(model, cluster, plan, Training(seq_len=seq_len, stack=stack))

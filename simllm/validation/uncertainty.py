@@ -1,74 +1,132 @@
 """How far off predictions were: the error ranges that estimates carry, from validated runs.
 
 ``python -m simllm.validation.uncertainty tests/published/training_runs.csv`` writes hardware_profiles/uncertainty.yaml,
-which `simllm.training.uncertainty` reads.
+which `simllm.training.uncertainty` reads. Step times are predicted with run constants fitted without the run's fold
+(`simllm.validation.run_fit`); peak memory has no fitted constants.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from simllm.errors import InputError
 from simllm.hardware.profiles import profiles_dir
 from simllm.training.uncertainty import MINIMUM_RUNS, ErrorRange, UncertaintyProfile
-from simllm.validation.runs import ValidationReport, validate_runs
+from simllm.validation.run_fit import RunFit
+from simllm.validation.runs import RunResult, validate_runs
 from simllm.validation.scoring import Outcome, percentile, typical
 
-__all__ = ["error_range", "measure_uncertainty", "write_uncertainty"]
+__all__ = ["Judged", "error_range", "measure_uncertainty", "write_uncertainty"]
 
 #: Eight of ten runs lie between these percentiles of measured over predicted step time.
 _LOW, _HIGH = 0.1, 0.9
 _DIGITS = 3
 
 
-def error_range(outcomes: Iterable[Outcome]) -> ErrorRange:
-    """The 10th and 90th percentile of measured over predicted, one vote for each configuration.
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """One configuration: measured over predicted, the device, and the part it is left out with."""
 
-    >>> runs = [Outcome(key=str(i), predicted=10.0, measured=float(i)) for i in range(11)]
-    >>> error_range(runs)
+    ratio: float
+    accelerator: str
+    part: str
+
+
+def error_range(ratios: Iterable[float]) -> ErrorRange:
+    """The 10th and 90th percentile of measured over predicted.
+
+    >>> error_range(i / 10 for i in range(11))
     ErrorRange(low=0.1, high=0.9, runs=11)
     """
-    ratios = sorted(outcome.measured / outcome.predicted for outcome in typical(outcomes))
-    if not ratios:
-        raise InputError("no run has both a measured and a predicted step time")
-    low, high = (round(percentile(ratios, fraction), _DIGITS) for fraction in (_LOW, _HIGH))
-    return ErrorRange(low=low, high=high, runs=len(ratios))
+    ordered = sorted(ratios)
+    if not ordered:
+        raise InputError("no run has both a measured and a predicted value")
+    low, high = (round(percentile(ordered, fraction), _DIGITS) for fraction in (_LOW, _HIGH))
+    return ErrorRange(low=low, high=high, runs=len(ordered))
 
 
-def measure_uncertainty(report: ValidationReport, source: str) -> UncertaintyProfile:
-    """Error ranges over all scored runs, and for every accelerator with enough of them.
+def measure_uncertainty(times: Sequence[Judged], memory: Sequence[Judged], source: str) -> UncertaintyProfile:
+    """Error ranges over all runs, and for every accelerator with enough of them.
 
     Parameters
     ----------
-    report : ValidationReport
+    times, memory : sequence of Judged
+        One for each configuration.
     source : str
         Where the runs come from.
     """
-    groups: dict[str, list[Outcome]] = {}
-    for row in report.scored:
-        outcome = row.step_time
-        if outcome is not None:
-            groups.setdefault(row.gpu, []).append(outcome)
-    ranges = {gpu: error_range(outcomes) for gpu, outcomes in sorted(groups.items())}
+    overall, by_accelerator = _ranges(times)
     return UncertaintyProfile(
         source=source,
-        overall=error_range(outcome for outcomes in groups.values() for outcome in outcomes),
-        by_accelerator={gpu: found for gpu, found in ranges.items() if found.runs >= MINIMUM_RUNS},
+        overall=overall,
+        by_accelerator=by_accelerator,
+        memory=error_range(judged.ratio for judged in memory),
+        coverage=_coverage(times, by_device=True),
+        memory_coverage=_coverage(memory, by_device=False),
     )
+
+
+def _ranges(judged: Sequence[Judged]) -> tuple[ErrorRange, dict[str, ErrorRange]]:
+    groups: dict[str, list[float]] = {}
+    for item in judged:
+        groups.setdefault(item.accelerator, []).append(item.ratio)
+    found = {name: error_range(ratios) for name, ratios in sorted(groups.items()) if len(ratios) >= MINIMUM_RUNS}
+    return error_range(item.ratio for item in judged), found
+
+
+def _coverage(judged: Sequence[Judged], by_device: bool) -> float:
+    """Share of configurations inside the range that the other parts give."""
+    inside = total = 0
+    for part in {item.part for item in judged}:
+        others = [item for item in judged if item.part != part]
+        if not others:
+            continue
+        overall, by_accelerator = _ranges(others)
+        for item in judged:
+            if item.part == part:
+                found = by_accelerator.get(item.accelerator, overall) if by_device else overall
+                low, high = found.around(1.0)
+                inside += low <= item.ratio <= high
+                total += 1
+    return round(inside / total, _DIGITS) if total else 0.0
+
+
+def _judged(outcomes: Iterable[tuple[RunResult, Outcome | None, str]]) -> list[Judged]:
+    known = [(row, outcome, part) for row, outcome, part in outcomes if outcome is not None]
+    where = {outcome.key: (row.gpu, part) for row, outcome, part in known}
+    return [
+        Judged(ratio=one.measured / one.predicted, accelerator=where[one.key][0], part=where[one.key][1])
+        for one in typical(outcome for _, outcome, _ in known)
+    ]
+
+
+def published_uncertainty(path: str) -> UncertaintyProfile:
+    """The error ranges of a table of runs."""
+    errors = RunFit(path).errors("fold")
+    times = _judged((row, row.step_time, part) for row, part in zip(errors.rows, errors.parts, strict=True))
+    memory = _judged((row, row.peak_memory, row.source) for row in validate_runs(path).scored)
+    source = f"validation of published training runs ({Path(path).name}), one vote for each configuration"
+    return measure_uncertainty(times, memory, source)
 
 
 def write_uncertainty(profile: UncertaintyProfile, path: Path) -> None:
     """Write a profile as YAML, whole or not at all."""
     lines = [
-        "# Measured over predicted step time of validated runs: 10th and 90th percentile over configurations.",
+        "# Measured over predicted, of step time and of peak memory: 10th and 90th percentile over configurations.",
+        "# Step times are predicted with constants fitted to other runs; coverage is the share of runs inside the",
+        "# range that others give.",
         "# Written by `python -m simllm.validation.uncertainty`; not edited by hand.",
         f'source: "{profile.source}"',
         f"overall: {_yaml(profile.overall)}",
         "by_accelerator:" if profile.by_accelerator else "by_accelerator: {}",
         *(f"  {gpu}: {_yaml(found)}" for gpu, found in profile.by_accelerator.items()),
+        f"memory: {_yaml(profile.memory)}",
+        f"coverage: {profile.coverage}",
+        f"memory_coverage: {profile.memory_coverage}",
     ]
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
@@ -90,8 +148,7 @@ def main(arguments: list[str]) -> int:
         return 2
     target = Path(arguments[1]) if len(arguments) == 2 else profiles_dir() / "uncertainty.yaml"
     try:
-        source = f"validation of published training runs ({Path(arguments[0]).name}), one vote for each configuration"
-        write_uncertainty(measure_uncertainty(validate_runs(arguments[0]), source), target)
+        write_uncertainty(published_uncertainty(arguments[0]), target)
     except InputError as error:
         sys.stderr.write(f"{error}\n")
         return 2

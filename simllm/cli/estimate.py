@@ -87,12 +87,21 @@ def estimate(
         typer.Option(
             "--schedule",
             metavar="NAME",
-            help="gpipe, 1f1b or interleaved. Default: 1f1b, interleaved with vpp.",
+            help="gpipe, 1f1b, interleaved, looped-bfs, zb-h1, zb-h2, zb-1p, zb-2p, zb-v, interleaved-zb, dualpipe "
+            "or dualpipe-v. Default: 1f1b, interleaved with vpp.",
         ),
     ] = None,
     uneven_layers: Annotated[
         bool,
         typer.Option("--uneven-layers", help="Deal out layers that the pipeline does not divide all the same."),
+    ] = False,
+    simulate: Annotated[
+        bool,
+        typer.Option(
+            "--simulate",
+            help="Run the pipeline event by event, exact for uneven stages; schedules without a "
+            "closed form always are.",
+        ),
     ] = False,
     stack: StackName = "megatron-core",
     memory_headroom: Headroom = "0.05",
@@ -147,7 +156,7 @@ def estimate(
         schedule=schedule or ("interleaved" if chunks > 1 else "1f1b"),
         uneven_layers=uneven_layers,
     )
-    answer = training.estimate(loaded, where, split, run)
+    answer = training.estimate(loaded, where, split, run, simulate=simulate)
     cost = None if run_tokens is None else budget(answer, run_tokens, usd)
     if plot is not None:
         from simllm.report.plots import plot_estimate

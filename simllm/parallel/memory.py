@@ -6,17 +6,27 @@ and their gradients), or the first layer of a backward pass (a recomputed layer 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from simllm.models.activations import Recompute, saved_bytes
-from simllm.models.graph import Graph, Implementation, Layout
+from simllm.models.graph import Graph, Implementation, Layout, Tensor
+from simllm.models.work import Gemm, GroupedGemm
 from simllm.parallel.plan import Plan
-from simllm.parallel.schedules import in_flight_chunks
+from simllm.parallel.schedules import Table, held_peak, in_flight_chunks, stage_of
 from simllm.parallel.stages import Stage, block_weights, stage_moments, stage_weights
 from simllm.parallel.states import StateBytes
 
-__all__ = ["MEMORY_KINDS", "StageMemory", "shard_degrees", "stage_memory"]
+__all__ = [
+    "MEMORY_KINDS",
+    "Held",
+    "StageMemory",
+    "held_along",
+    "shard_degrees",
+    "stage_memory",
+    "weight_gradient_bytes",
+]
 
 MEMORY_KINDS = ("parameters", "gradients", "optimizer", "activations", "working", "gathered", "context")
 
@@ -112,6 +122,63 @@ def stage_activations(stage: Stage, layout: Layout, impl: Implementation, policy
     return StageActivations(kept, head, working, moment)
 
 
+@lru_cache(maxsize=1 << 16)
+def _block_weight_gradient_bytes(graph: Graph, layout: Layout, impl: Implementation) -> float:
+    tensors: dict[tuple[str, str], Tensor] = {}
+    for operator in graph.operators:
+        if any(isinstance(work, Gemm | GroupedGemm) for work in operator.backward_weight(layout, impl)):
+            tensors |= {("value", tensor.name): tensor for tensor in operator.inputs[:1]}
+            tensors |= {("gradient", tensor.name): tensor for tensor in operator.outputs}
+    return sum(layout.elements(tensor) for tensor in tensors.values()) * impl.activation_bytes
+
+
+def weight_gradient_bytes(stage: Stage, layout: Layout, impl: Implementation) -> float:
+    """Bytes that one micro-batch holds between its input gradient and its weight gradient.
+
+    The inputs of the matrix products, and the gradients of their outputs (arXiv:2401.10241, section 2.2: 32 s b h for
+    a layer of GPT), the head's included.
+    """
+    layers = sum(times * _block_weight_gradient_bytes(graph, layout, impl) for graph, times in stage.layers)
+    return layers + sum(_block_weight_gradient_bytes(graph, layout, impl) for graph in stage.extras)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """The most that a rank holds of its micro-batches in flight: bytes, micro-batches, and when."""
+
+    size_bytes: float
+    micro_batches: float
+    moment: str
+
+
+_ACTION_WORDS = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
+
+
+def held_along(
+    table: Table, rank: int, stages: Sequence[Stage], layout: Layout, impl: Implementation, policy: Recompute
+) -> Held:
+    """What a rank holds at the fullest moment of an action table.
+
+    Parameters
+    ----------
+    table : Table
+    rank : int
+    stages : sequence of Stage
+        Every chunk by itself, in model order.
+    layout : Layout
+    impl : Implementation
+    policy : Recompute
+    """
+    own = [stages[stage_of(table.placement, len(table.rows), rank, chunk)] for chunk in range(table.chunks)]
+    kept = [stage_activations(stage, layout, impl, policy).per_micro_batch for stage in own]
+    pending = [weight_gradient_bytes(stage, layout, impl) for stage in own]
+    actions = table.actions(rank)
+    most, at = held_peak(actions, kept, pending)
+    each = [1 / table.chunks] * table.chunks
+    moment = f"{_ACTION_WORDS[at.kind]} of micro-batch {at.micro_batch}, chunk {at.chunk}"
+    return Held(most, held_peak(actions, each, each)[0], moment)
+
+
 def stage_memory(
     stage: Stage,
     plan: Plan,
@@ -121,6 +188,7 @@ def stage_memory(
     optimizer: str,
     context_bytes: float,
     hsdp_shard: int = 1,
+    held: Held | None = None,
 ) -> StageMemory:
     """Peak memory of one rank of a stage.
 
@@ -137,6 +205,8 @@ def stage_memory(
         Device memory outside the framework's allocator.
     hsdp_shard : int
         Ranks of an HSDP group.
+    held : Held, optional
+        What the action table says of the micro-batches in flight; needed where a schedule has no closed form.
 
     Returns
     -------
@@ -156,18 +226,22 @@ def stage_memory(
         "gradients": kept(weights, states.gradient, full or plan.zero == "2"),
         "optimizer": kept(weights, states.master, plan.zero != "0") + kept(moments, 1, plan.zero != "0"),
     }
-    chunks = in_flight_chunks(plan.schedule, plan.pp, plan.num_micro_batches, stage.rank, plan.vpp)
-    in_flight = chunks / plan.vpp
+    m = plan.num_micro_batches
     use = stage_activations(stage, layout, impl, plan.recompute)
     # The head keeps its tensors for one micro-batch at a time, except where all forwards come first.
-    heads = chunks - 1 if plan.schedule == "gpipe" else 0
+    forwards_first = plan.schedule in ("gpipe", "looped-bfs") or (plan.schedule == "interleaved" and m == plan.pp)
+    heads = m - 1 if forwards_first else 0
+    if held is None:
+        in_flight = in_flight_chunks(plan.schedule, plan.pp, m, stage.rank, plan.vpp) / plan.vpp
+        held = Held(use.per_micro_batch * in_flight, in_flight, "")
     by_kind |= {
-        "activations": use.per_micro_batch * in_flight + use.head * heads,
+        "activations": held.size_bytes + use.head * heads,
         "working": use.working,
         "gathered": _gathered_bytes(stage, layout, states) if full else 0.0,
         "context": context_bytes,
     }
-    return StageMemory(rank=stage.rank, by_kind=by_kind, in_flight=in_flight, moment=use.moment)
+    moment = f"{use.moment}, after the {held.moment}" if held.moment else use.moment
+    return StageMemory(rank=stage.rank, by_kind=by_kind, in_flight=held.micro_batches, moment=moment)
 
 
 def _logits_bytes(graph: Graph, layout: Layout, impl: Implementation) -> float:

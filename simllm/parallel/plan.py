@@ -11,11 +11,11 @@ from simllm.models import Model
 from simllm.models.activations import Recompute
 from simllm.models.graph import Layout
 from simllm.models.spec import AttentionSpec, MambaSpec, MoESpec
+from simllm.parallel.schedules import SCHEDULES, Schedule, check_schedule
 
-__all__ = ["PRECISIONS", "SCHEDULES", "ZERO_STAGES", "Plan", "check_plan", "even_split", "split_layers"]
+__all__ = ["PRECISIONS", "ZERO_STAGES", "Plan", "check_plan", "even_split", "split_layers"]
 
 ZERO_STAGES = ("0", "1", "2", "3", "hsdp")
-SCHEDULES = ("gpipe", "1f1b", "interleaved")
 PRECISIONS = ("bf16", "fp16", "fp32", "tf32", "fp8", "mxfp8", "nvfp4")
 
 Zero = Literal["0", "1", "2", "3", "hsdp"]
@@ -30,7 +30,7 @@ class Plan:
     tp, pp, cp, dp : int
         Tensor, pipeline, context (ring attention) and data parallelism; their product is the number of GPUs.
     vpp : int
-        Model chunks per pipeline rank (interleaved schedule, arXiv:2104.04473 section 2.2).
+        Model chunks per pipeline rank (arXiv:2104.04473 section 2.2); 2 in the schedules laid out as a V.
     ep, etp : int
         Expert parallelism, and tensor parallelism inside an expert. Expert groups are made of the ranks of the
         tp x cp x dp ranks of a pipeline stage.
@@ -48,7 +48,8 @@ class Plan:
     recompute : Recompute
     precision : str
         Of the matrix products.
-    schedule : {"gpipe", "1f1b", "interleaved"}
+    schedule : str
+        A name in `simllm.parallel.schedules.SCHEDULES`.
     uneven_layers : bool
         Layers that the pipeline does not divide are dealt out all the same, the last stages shorter (DeepSpeed).
     """
@@ -88,18 +89,7 @@ class Plan:
                 f"micro_batch_size={self.micro_batch_size} does not divide global_batch_size="
                 f"{self.global_batch_size} / dp={self.dp} = {per_rank:g}; {self._batch_advice()}"
             )
-        if self.vpp > 1 and self.pp == 1:
-            raise InputError(f"vpp={self.vpp} needs a pipeline, but pp=1; use vpp=1 or a larger pp")
-        if (self.vpp > 1) != (self.schedule == "interleaved"):
-            raise InputError(
-                f"schedule={self.schedule} with vpp={self.vpp}: the interleaved schedule needs vpp above 1, "
-                "and the others need vpp=1"
-            )
-        if self.schedule == "interleaved" and self.num_micro_batches % self.pp:
-            raise InputError(
-                f"the interleaved schedule needs a number of micro-batches that pp={self.pp} divides, "
-                f"but there are {self.num_micro_batches}; change micro_batch_size, dp or vpp"
-            )
+        check_schedule(self.schedule, self.pp, self.num_micro_batches, self.vpp)
         if self.sequence_parallel and self.tp == 1:
             raise InputError("sequence_parallel needs tp above 1; it splits tokens over the tensor-parallel ranks")
         if self.zero == "2" and self.pp > 1:
@@ -133,6 +123,11 @@ class Plan:
     def num_micro_batches(self) -> int:
         """Micro-batches per data-parallel rank and step."""
         return self.global_batch_size // (self.dp * self.micro_batch_size)
+
+    @property
+    def pipeline(self) -> Schedule:
+        """What is particular about the schedule."""
+        return SCHEDULES[self.schedule]
 
     @property
     def shards_parameters(self) -> bool:

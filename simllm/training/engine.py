@@ -39,10 +39,14 @@ class BlockGroups:
 
 @dataclass(frozen=True, slots=True)
 class BlockCost:
-    """Seconds of one block for one micro-batch: forward, and backward with what is recomputed."""
+    """Seconds of one block for one micro-batch: forward, and backward with what is recomputed.
+
+    ``weight_s``: what of the backward makes gradients of weights, which nothing waits for.
+    """
 
     forward: Cost
     backward: Cost
+    weight_s: float
 
 
 def implementation_of(stack: Stack, kernels: Kernels, precision: str) -> Implementation:
@@ -144,11 +148,13 @@ class Engine:
         precision, permute = self._treatment(operator)
         return self._price_work(operator.forward(layout, self.impl), precision, permute, 2)
 
-    def operator_backward(self, operator: Operator, layout: Layout) -> Cost:
-        """Seconds of the gradients of one operator's inputs and weights."""
+    def operator_backward(self, operator: Operator, layout: Layout) -> tuple[Cost, Cost]:
+        """Seconds of the gradients of one operator's inputs, and of its weights."""
         precision, permute = self._treatment(operator)
-        work = operator.backward_input(layout, self.impl) + operator.backward_weight(layout, self.impl)
-        return self._price_work(work, precision, permute, 4)
+        return (
+            self._price_work(operator.backward_input(layout, self.impl), precision, permute, 4),
+            self._price_work(operator.backward_weight(layout, self.impl), precision, permute, 4),
+        )
 
     def _treatment(self, operator: Operator) -> tuple[str, float]:
         high = operator.component in _HIGH_PRECISION_COMPONENTS
@@ -192,14 +198,17 @@ class Engine:
 
     def _block(self, graph: Graph, layout: Layout, groups: BlockGroups, policy: Recompute, is_layer: bool) -> BlockCost:
         collectives = block_collectives(graph, layout, self.impl)
-        forward = backward = again = Cost()
+        forward = backward = weights = again = Cost()
         rerun = {operator.name for operator in recomputed_operators(graph, policy, self.impl)} if is_layer else set()
         for operator in graph.operators:
             cost = self.operator_forward(operator, layout)
             forward += cost
             if operator.name in rerun:
                 again += cost
-            backward += self.operator_backward(operator, layout)
+            inputs, own = self.operator_backward(operator, layout)
+            backward += inputs
+            weights += own
+        backward += weights
         ahead = [c for c in collectives if c.phase == "forward"]
         behind = [c for c in collectives if c.phase == "backward"]
         forward += self._communication(ahead, groups, forward.attention)
@@ -215,7 +224,7 @@ class Engine:
                 share = len(rerun) / len(graph.operators)
                 again += Cost(host=max(0.0, host * share - again.total))
         # With every n-th layer recomputed, an average layer runs that part of it again.
-        return BlockCost(forward, backward + Cost(recompute=again.total * policy.fraction))
+        return BlockCost(forward, backward + Cost(recompute=again.total * policy.fraction), weights.total)
 
     def stream_s(self, size_bytes: float) -> float:
         """Seconds of a kernel that moves so many bytes."""

@@ -220,7 +220,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
     }
 
 
-def estimate(model: Model, cluster: Cluster, plan: Plan, training: Training) -> Estimate:
+def estimate(model: Model, cluster: Cluster, plan: Plan, training: Training, *, simulate: bool = False) -> Estimate:
     """Time and memory of one optimizer step.
 
     Parameters
@@ -230,6 +230,9 @@ def estimate(model: Model, cluster: Cluster, plan: Plan, training: Training) -> 
     plan : Plan
         Its degrees multiply to the cluster's GPUs.
     training : Training
+    simulate : bool
+        Run the pipeline event by event also where its schedule has a closed form: exact for uneven stages. Schedules
+        without a closed form are always run.
 
     Returns
     -------
@@ -255,4 +258,11 @@ def estimate(model: Model, cluster: Cluster, plan: Plan, training: Training) -> 
         )
     check_plan(model, plan, training.seq_len)
     step = Step(model, cluster, plan, training)
-    return Estimate(model=model, cluster=cluster, plan=plan, training=training, time=step.time(), stages=step.memory())
+    return Estimate(
+        model=model,
+        cluster=cluster,
+        plan=plan,
+        training=training,
+        time=step.time(simulate),
+        stages=step.memory(simulate),
+    )

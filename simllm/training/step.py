@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from math import gcd
 
 from simllm.hardware import Cluster
@@ -13,7 +13,7 @@ from simllm.models.activations import recomputed_operators
 from simllm.models.counts import operator_flops
 from simllm.models.graph import Graph, Layout
 from simllm.network import Group, price
-from simllm.parallel.memory import StageMemory, shard_degrees, stage_memory
+from simllm.parallel.memory import StageMemory, held_along, shard_degrees, stage_activations, stage_memory
 from simllm.parallel.placement import group_of
 from simllm.parallel.plan import Plan
 from simllm.parallel.schedules import pipeline_time
@@ -21,6 +21,7 @@ from simllm.parallel.stages import Stage, block_weights, pipeline_stages, stage_
 from simllm.parallel.states import StateBytes
 from simllm.training.cost import Cost
 from simllm.training.engine import BlockGroups, Engine
+from simllm.training.pipeline import PipelineRun
 from simllm.training.run import Training
 
 __all__ = ["Exchange", "StageTime", "Step", "StepTime", "engine_for", "exposed"]
@@ -48,10 +49,14 @@ def engine_for(cluster: Cluster, stack: Stack, precision: str) -> Engine:
 
 @dataclass(frozen=True, slots=True)
 class StageTime:
-    """One micro-batch on one pipeline rank, all of its chunks together."""
+    """One micro-batch on one pipeline rank, all of its chunks together.
+
+    ``weight_s``: what of the backward makes gradients of weights.
+    """
 
     forward: Cost
     backward: Cost
+    weight_s: float
     p2p_s: float
 
     @property
@@ -104,15 +109,19 @@ class Step:
         )
         self.hsdp_shard = plan.hsdp_shard or gcd(plan.dp * plan.cp, max(1, cluster.gpus_per_domain // plan.tp))
         self.states: StateBytes = training.states(plan.precision)
-        self.stages = pipeline_stages(self.graph, plan.pp, plan.vpp, plan.uneven_layers)
+        self.stages = pipeline_stages(self.graph, plan.pp, plan.vpp, plan.uneven_layers, plan.pipeline.placement)
 
     # -- memory ------------------------------------------------------------------------------------------------
 
-    def memory(self) -> tuple[StageMemory, ...]:
-        """Peak memory of every pipeline rank."""
-        return tuple(self._rank_memory(stage) for stage in self.stages)
+    def memory(self, simulate: bool = False) -> tuple[StageMemory, ...]:
+        """Peak memory of every pipeline rank; ``simulate``: walk the action table also where a closed form exists."""
+        return tuple(self._rank_memory(stage, simulate) for stage in self.stages)
 
-    def _rank_memory(self, stage: Stage) -> StageMemory:
+    def _rank_memory(self, stage: Stage, simulate: bool = False) -> StageMemory:
+        held = None
+        if simulate or not self.plan.pipeline.closed_form:
+            run = self.pipeline_run
+            held = held_along(run.table, stage.rank, run.stages, self.layout, self.engine.impl, self.plan.recompute)
         return stage_memory(
             stage,
             self.plan,
@@ -122,7 +131,12 @@ class Step:
             self.training.optimizer,
             self.stack.costs.context.si,
             self.hsdp_shard,
+            held,
         )
+
+    def kept_bytes(self, stage: Stage) -> float:
+        """Bytes that one micro-batch keeps on a stage for its backward pass."""
+        return stage_activations(stage, self.layout, self.engine.impl, self.plan.recompute).per_micro_batch
 
     def first_overflow(self, usable_bytes: float) -> StageMemory | None:
         """The first pipeline rank found that needs more than there is, or None where all fit.
@@ -137,16 +151,17 @@ class Step:
 
     # -- one micro-batch on one rank -----------------------------------------------------------------------------
 
-    def _block(self, graph: Graph, is_layer: bool) -> tuple[Cost, Cost]:
+    def _block(self, graph: Graph, is_layer: bool) -> tuple[Cost, Cost, float]:
         cost = self.engine.block(graph, self.layout, self.groups, self.plan.recompute, is_layer)
         if not self.plan.shards_parameters:
-            return cost.forward, cost.backward + Cost(elementwise=self._accumulation_s(graph))
+            adding = self._accumulation_s(graph)
+            return cost.forward, cost.backward + Cost(elementwise=adding), cost.weight_s + adding
         weights = block_weights(graph, self.layout)
         gather, reduce = self.exchange_s(self.gathers(*weights)), self.exchange_s(self.reductions(*weights))
         share = self.stack.overlap.fully_sharded_exposed.si
         forward = exposed(gather, cost.forward.total, share)
         backward = exposed(gather + reduce, cost.backward.total, share)
-        return cost.forward + Cost(data_parallel=forward), cost.backward + Cost(data_parallel=backward)
+        return cost.forward + Cost(data_parallel=forward), cost.backward + Cost(data_parallel=backward), cost.weight_s
 
     def _accumulation_s(self, graph: Graph) -> float:
         """Adding a micro-batch's gradients to those before, a mean over the step: the first one is only stored."""
@@ -189,7 +204,9 @@ class Step:
         plan = self.plan
         experts = group_of(plan, "expert_dp")
         if plan.zero != "hsdp" and not plan.hsdp_shard:
-            return ("dp", dense, group_of(plan, "dp"), _ALONE), ("expert_dp", expert, experts, _ALONE)
+            # Where the pipeline holds two copies of the model, the ranks of one stage sum their gradients too.
+            twin = Group(size=2, stride=group_of(plan, "pp").stride) if plan.pipeline.copies == 2 else _ALONE
+            return ("dp", dense, group_of(plan, "dp"), twin), ("expert_dp", expert, experts, twin)
         size = gcd(experts.size, shard_degrees(plan, self.hsdp_shard)[1])
         return (
             (
@@ -228,48 +245,88 @@ class Step:
         """Transfers of one micro-batch that a rank takes part in.
 
         Every chunk receives and sends once forward and once backward, except at the ends of the model; a send and the
-        receive of the same moment are one exchange.
+        receive of the same moment are one exchange. At the turn of a V a chunk hands over to one of its own rank.
         """
-        return 0 if self.plan.pp == 1 else 2 * self.plan.vpp - stage.first - stage.last
+        plan = self.plan
+        if plan.pp == 1:
+            return 0
+        turns = plan.pipeline.placement == "v" and stage.rank == plan.pp - 1
+        return 2 * max(plan.vpp, plan.pipeline.copies) - stage.first - stage.last - 2 * turns
+
+    @cached_property
+    def transfer_s(self) -> tuple[float, float]:
+        """Seconds of a transfer between stages, and the share of it that occupies the ranks.
+
+        With one chunk a rank sends and waits; with several, other chunks have work meanwhile.
+        """
+        if self.plan.pp == 1:
+            return 0.0, 0.0
+        alone = self.plan.vpp * self.plan.pipeline.copies == 1
+        return self.exchange_s(self.p2p()), 1.0 if alone else self.stack.overlap.pipeline_exposed.si
 
     def stage_time(self, stage: Stage) -> StageTime:
-        """One micro-batch on one pipeline rank."""
-        forward, backward = Cost(), Cost()
+        """One micro-batch on one pipeline rank, transfers apart."""
+        forward, backward, weight_s = Cost(), Cost(), 0.0
         for graph, times in stage.layers:
-            ahead, behind = self._block(graph, True)
+            ahead, behind, weights = self._block(graph, True)
             forward += ahead.scaled(times)
             backward += behind.scaled(times)
+            weight_s += weights * times
         for graph in stage.extras:
-            ahead, behind = self._block(graph, False)
+            ahead, behind, weights = self._block(graph, False)
             forward += ahead
             backward += behind
-        if self.plan.pp == 1:
-            return StageTime(forward, backward, 0.0)
-        visible = self.stack.overlap.pipeline_exposed.si if self.plan.schedule == "interleaved" else 1.0
-        return StageTime(forward, backward, self.p2p_count(stage) * self.exchange_s(self.p2p()) * visible)
+            weight_s += weights
+        return StageTime(forward, backward, weight_s, 0.0)
 
     # -- the step ------------------------------------------------------------------------------------------------
 
-    def time(self) -> StepTime:
-        """Seconds of the step by cause."""
+    @cached_property
+    def pipeline_run(self) -> PipelineRun:
+        """The step's pipeline, event by event."""
+        return PipelineRun(self)
+
+    def time(self, simulate: bool = False) -> StepTime:
+        """Seconds of the step by cause.
+
+        Parameters
+        ----------
+        simulate : bool
+            Run the action table also where the schedule has a closed form.
+        """
         plan = self.plan
-        times = self._stage_times()
+        transfer, visible = self.transfer_s
+        times = [
+            replace(time, p2p_s=self.p2p_count(stage) * transfer * visible)
+            for stage, time in zip(self.stages, self.stage_times(self.stages), strict=True)
+        ]
+        # Where the pipeline holds two copies of the model, half of the micro-batches pass each.
+        m = plan.num_micro_batches / plan.pipeline.copies
         totals = [time.total_s for time in times]
-        busiest = max(range(plan.pp), key=totals.__getitem__)
-        m = plan.num_micro_batches
-        pipeline = pipeline_time(totals, m, plan.vpp)
+        hidden = [0.0] * plan.pp
+        if simulate or not plan.pipeline.closed_form:
+            hidden = [self.pipeline_run.hidden_s(rank) for rank in range(plan.pp)]
+            pipeline = self.pipeline_run.total_s
+        else:
+            pipeline = pipeline_time(totals, plan.num_micro_batches, plan.vpp)
+        busiest = max(range(plan.pp), key=lambda rank: m * totals[rank] - hidden[rank])
         once = max((self._once_per_step(stage, time) for stage, time in zip(self.stages, times, strict=True)), key=sum)
         by_cause = (times[busiest].forward + times[busiest].backward).scaled(m).by_cause()
         by_cause["data_parallel"] += once[0]
         by_cause["pipeline_p2p"] = times[busiest].p2p_s * m
-        by_cause["pipeline_bubble"] = max(0.0, pipeline - totals[busiest] * m)
+        # What runs beside computation is transfers first, then the experts' exchanges.
+        beside = min(hidden[busiest], by_cause["pipeline_p2p"])
+        by_cause["pipeline_p2p"] -= beside
+        by_cause["expert_parallel"] -= hidden[busiest] - beside
+        by_cause["pipeline_bubble"] = max(0.0, pipeline - (totals[busiest] * m - hidden[busiest]))
         by_cause["optimizer"] = once[1]
         return StepTime(total_s=sum(by_cause.values()), by_cause=by_cause, busiest_stage=busiest)
 
-    def _stage_times(self) -> list[StageTime]:
+    def stage_times(self, stages: tuple[Stage, ...]) -> list[StageTime]:
+        """One micro-batch on each of some stages; equal ones are priced once."""
         known: dict[tuple[object, ...], StageTime] = {}
         times = []
-        for stage in self.stages:
+        for stage in stages:
             key = (stage.layers, stage.extras, stage.first, stage.last)
             if key not in known:
                 known[key] = self.stage_time(stage)

@@ -75,7 +75,8 @@ def communication(step: Step, rank: int) -> tuple[GroupTraffic, ...]:
 
 def _exchanges(step: Step, rank: int) -> Iterator[tuple[Exchange, float]]:
     """Every exchange of a step with how often it happens."""
-    plan, stage, m = step.plan, step.stages[rank], step.plan.num_micro_batches
+    plan, stage = step.plan, step.stages[rank]
+    m = plan.num_micro_batches / plan.pipeline.copies
     for graph, times in (*stage.layers, *((graph, 1) for graph in stage.extras)):
         for item in block_collectives(graph, step.layout, step.engine.impl):
             group = step.engine.hop(item, step.groups)

@@ -13,6 +13,7 @@ from simllm.models import Model
 from simllm.models.activations import Recompute
 from simllm.models.spec import MoESpec
 from simllm.parallel.plan import Plan, Zero, even_split
+from simllm.parallel.schedules import SCHEDULES
 from simllm.validation.system_names import system_in
 from simllm.validation.table import Row
 
@@ -59,6 +60,8 @@ _SCHEDULES = {
     "interleaved-1f1b": "interleaved",
     "1f1b-i": "interleaved",
     "1f1b-interleaved": "interleaved",
+    "zb-2p*": "zb-2p",  # the same schedule with another micro-batch, arXiv:2401.10241, table 6
+    **{name: name for name in SCHEDULES},
 }
 
 
@@ -214,22 +217,25 @@ def _schedule(row: Row, pp: int) -> tuple[str, int]:
     """The pipeline schedule and the model chunks of a rank."""
     stated = row.text("pipeline_schedule").casefold()
     if stated and stated not in _SCHEDULES:
-        raise InputError(f"pipeline schedule {stated} is not modelled; modelled are 1f1b, gpipe and interleaved-1f1b")
+        raise InputError(f"pipeline schedule {stated} is not modelled; modelled are {', '.join(SCHEDULES)}")
     vpp = row.integer("vp")
     if pp == 1:
         return "1f1b", 1
     schedule = _SCHEDULES.get(stated) or ("interleaved" if (vpp or 1) > 1 else "1f1b")
     if not stated:
         row.assume(f"pipeline_schedule is not stated: {schedule}")
-    if schedule == "interleaved" and vpp is None:
-        raise InputError("the interleaved schedule needs vp, the model chunks of a rank, which is not stated")
+    chunks = SCHEDULES[schedule].chunks
+    if chunks == 0 and vpp is None:
+        raise InputError(f"the {schedule} schedule needs vp, the model chunks of a rank, which is not stated")
     if vpp is None:
-        row.assume("vp is not stated: 1, not interleaved")
-    if schedule != "interleaved" and (vpp or 1) > 1:
+        row.assume(
+            "vp is not stated: 1, not interleaved" if chunks == 1 else f"vp is not stated: {chunks}, as {schedule} has"
+        )
+    if chunks and (vpp or chunks) != chunks:
         raise InputError(f"pipeline_schedule={stated} contradicts vp={vpp}")
     if schedule == "interleaved" and vpp == 1:
         return "1f1b", 1
-    return schedule, vpp or 1
+    return schedule, vpp or chunks
 
 
 def _uneven(row: Row, model: Model, chunks: int) -> bool:

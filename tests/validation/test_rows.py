@@ -364,7 +364,7 @@ class TestPlan:
             ({"grad_accum": "7"}, "contradicts global_batch_seqs=64"),
             ({"grad_accum": "", "micro_batch": "3"}, "micro_batch_size=3 does not divide"),
             ({"grad_accum": "", "global_batch_seqs": ""}, "global_batch_seqs is not stated"),
-            ({"pipeline_schedule": "zb-2p"}, "pipeline schedule zb-2p is not modelled"),
+            ({"pipeline_schedule": "zb-3p"}, "pipeline schedule zb-3p is not modelled"),
             ({"pipeline_schedule": "1f1b", "pp": "4", "vp": "2", "dp": "2", "grad_accum": "32"}, "contradicts vp=2"),
             (
                 {"pipeline_schedule": "interleaved", "pp": "4", "vp": "", "dp": "2", "grad_accum": "32"},

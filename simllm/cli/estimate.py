@@ -95,6 +95,15 @@ def estimate(
         bool,
         typer.Option("--uneven-layers", help="Deal out layers that the pipeline does not divide all the same."),
     ] = False,
+    offload: Annotated[
+        str,
+        typer.Option(
+            "--offload",
+            metavar="STATES",
+            help="Kept on the host: optimizer, gradients, parameters, activations, joined by commas; with :nvme on its "
+            "drives.",
+        ),
+    ] = "none",
     simulate: Annotated[
         bool,
         typer.Option(
@@ -124,6 +133,7 @@ def estimate(
     """
     from simllm import training
     from simllm.models.activations import Recompute
+    from simllm.parallel.offload import Offload
     from simllm.parallel.plan import Plan
     from simllm.report.estimates import estimate_dict, estimate_report
     from simllm.training.budget import budget
@@ -155,6 +165,7 @@ def estimate(
         precision=precision,
         schedule=schedule or ("interleaved" if chunks > 1 else "1f1b"),
         uneven_layers=uneven_layers,
+        offload=Offload.parse(offload),
     )
     answer = training.estimate(loaded, where, split, run, simulate=simulate)
     cost = None if run_tokens is None else budget(answer, run_tokens, usd)

@@ -7,12 +7,13 @@ and their gradients), or the first layer of a backward pass (a recomputed layer 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 from simllm.models.activations import Recompute, saved_bytes
 from simllm.models.graph import Graph, Implementation, Layout, Tensor
 from simllm.models.work import Gemm, GroupedGemm
+from simllm.parallel.offload import OFFLOADED
 from simllm.parallel.plan import Plan
 from simllm.parallel.schedules import Table, held_peak, in_flight_chunks, stage_of
 from simllm.parallel.stages import Stage, block_weights, stage_moments, stage_weights
@@ -45,12 +46,15 @@ class StageMemory:
         Micro-batches whose activations are held, as a fraction of the rank's layers.
     moment : str
         What is happening at the peak.
+    host : dict of str to float
+        Bytes that the rank keeps in the host's memory, and under names with ``:nvme`` on its drives.
     """
 
     rank: int
     by_kind: dict[str, float]
     in_flight: float
     moment: str
+    host: dict[str, float] = field(default_factory=dict)
 
     @property
     def peak_bytes(self) -> float:
@@ -241,7 +245,38 @@ def stage_memory(
         "context": context_bytes,
     }
     moment = f"{use.moment}, after the {held.moment}" if held.moment else use.moment
-    return StageMemory(rank=stage.rank, by_kind=by_kind, in_flight=held.micro_batches, moment=moment)
+    host = _offloaded(stage, plan, layout, states, by_kind, use) if plan.offload.anything else {}
+    return StageMemory(rank=stage.rank, by_kind=by_kind, in_flight=held.micro_batches, moment=moment, host=host)
+
+
+def _offloaded(
+    stage: Stage,
+    plan: Plan,
+    layout: Layout,
+    states: StateBytes,
+    by_kind: dict[str, float],
+    use: StageActivations,
+) -> dict[str, float]:
+    """Take from the device what is offloaded, but for what passes through; returns what the host keeps.
+
+    Of activations the layer at work and the one on its way stay, of gradients those of the largest layer. The host
+    keeps gradients as they were sent.
+    """
+    layer = max((sum(block_weights(graph, layout)) for graph, _ in stage.layers), default=0)
+    stays = {
+        "activations": 2 * use.per_micro_batch / max(1, stage.num_layers),
+        "gradients": layer * states.gradient_on_wire,
+    }
+    host = {}
+    for name in OFFLOADED:
+        if plan.offload.moves(name):
+            kept = min(by_kind[name], stays.get(name, 0.0))
+            moved = by_kind[name] - (kept if name == "activations" else 0.0)
+            if name == "gradients":
+                moved *= states.gradient_on_wire / states.gradient
+            host[f"{name}:nvme" if name in plan.offload.to_nvme else name] = moved
+            by_kind[name] = kept
+    return host
 
 
 def _logits_bytes(graph: Graph, layout: Layout, impl: Implementation) -> float:

@@ -11,6 +11,7 @@ from simllm.models import Model
 from simllm.models.activations import Recompute
 from simllm.models.graph import Layout
 from simllm.models.spec import AttentionSpec, MambaSpec, MoESpec
+from simllm.parallel.offload import Offload
 from simllm.parallel.schedules import SCHEDULES, Schedule, check_schedule
 
 __all__ = ["PRECISIONS", "ZERO_STAGES", "Plan", "check_plan", "even_split", "split_layers"]
@@ -50,6 +51,8 @@ class Plan:
         Of the matrix products.
     schedule : str
         A name in `simllm.parallel.schedules.SCHEDULES`.
+    offload : Offload
+        What is kept in the host's memory or on its drives.
     uneven_layers : bool
         Layers that the pipeline does not divide are dealt out all the same, the last stages shorter (DeepSpeed).
     """
@@ -70,6 +73,7 @@ class Plan:
     precision: str = "bf16"
     schedule: str = "1f1b"
     uneven_layers: bool = False
+    offload: Offload = field(default_factory=Offload)
 
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp", "micro_batch_size", "global_batch_size"):
@@ -90,6 +94,11 @@ class Plan:
                 f"{self.global_batch_size} / dp={self.dp} = {per_rank:g}; {self._batch_advice()}"
             )
         check_schedule(self.schedule, self.pp, self.num_micro_batches, self.vpp)
+        if self.offload.moves("parameters") and not self.shards_parameters:
+            raise InputError(
+                f"offload=parameters with zero={self.zero}: only fully sharded layers are fetched when they are "
+                "needed; use zero=3 or hsdp"
+            )
         if self.sequence_parallel and self.tp == 1:
             raise InputError("sequence_parallel needs tp above 1; it splits tokens over the tensor-parallel ranks")
         if self.zero == "2" and self.pp > 1:
@@ -163,6 +172,8 @@ class Plan:
             parts.append("sp")
         if self.uneven_layers:
             parts.append("uneven")
+        if self.offload.anything:
+            parts.append(f"offload={self.offload}")
         return " ".join(parts)
 
 

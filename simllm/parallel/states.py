@@ -161,6 +161,20 @@ class StateBytes:
         """
         return 5 * self.gradient + (2 * self.master + self.parameter if self.master else 2 * self.parameter)
 
+    @property
+    def host_update_traffic(self) -> float:
+        """Bytes that an update on the host moves per parameter, the moments apart.
+
+        The gradient that came over the link is read once, the float32 parameter read and written, the copy for the
+        device written.
+        """
+        return self.gradient_on_wire + (2 * self.float32_master + self.parameter if self.master else 2 * self.parameter)
+
+    @property
+    def float32_master(self) -> float:
+        """The master without a gradient shard that some software keeps beside it."""
+        return min(self.master, 4.0)
+
 
 @lru_cache(maxsize=256)
 def state_bytes(

@@ -17,6 +17,7 @@ CAUSES = {
     "expert_parallel": "expert-parallel communication",
     "data_parallel": "data-parallel communication",
     "host": "host launches",
+    "offload": "transfers to the host",
     "recompute": "recomputation",
     "pipeline_p2p": "pipeline transfers",
     "pipeline_bubble": "pipeline bubble",

@@ -15,6 +15,7 @@ from simllm.parallel.memory import StageMemory
 from simllm.parallel.plan import Plan, check_plan
 from simllm.parallel.stages import stage_weights
 from simllm.parallel.states import StateTerm, optimizer_named, state_terms
+from simllm.training.offload import HostMemory, host_memory
 from simllm.training.run import Training
 from simllm.training.step import Step, StepTime
 from simllm.training.traffic import GroupTraffic, communication
@@ -66,10 +67,17 @@ class Estimate:
         """Device memory less the head-room."""
         return self.cluster.accelerator.memory_bytes * (1 - self.training.memory_headroom)
 
+    @cached_property
+    def host_memory(self) -> HostMemory | None:
+        """What the fullest node keeps on its host; None where nothing is offloaded."""
+        return host_memory(self._step, self.stages) if self.plan.offload.anything else None
+
     @property
     def fits(self) -> bool:
-        """Whether the peak leaves the head-room free on every rank."""
-        return self.peak_memory_bytes <= self.usable_memory_bytes
+        """Whether the peak leaves the head-room free on every rank, and the host holds what is offloaded."""
+        return self.peak_memory_bytes <= self.usable_memory_bytes and (
+            self.host_memory is None or self.host_memory.fits
+        )
 
     @property
     def tokens_per_step(self) -> int:
@@ -179,6 +187,7 @@ class Estimate:
                 "capacity_bytes": self.cluster.accelerator.memory_bytes,
                 "usable_bytes": self.usable_memory_bytes,
                 "by_kind": dict(peak.by_kind),
+                "host": None if self.host_memory is None else self.host_memory.to_dict(),
                 "states": [asdict(term) for term in self.state_terms],
                 "per_stage": [
                     {
@@ -217,6 +226,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
         "precision": plan.precision,
         "schedule": plan.schedule,
         "uneven_layers": plan.uneven_layers,
+        "offload": str(plan.offload),
     }
 
 

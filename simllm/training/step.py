@@ -21,24 +21,15 @@ from simllm.parallel.stages import Stage, block_weights, pipeline_stages, stage_
 from simllm.parallel.states import StateBytes
 from simllm.training.cost import Cost
 from simllm.training.engine import BlockGroups, Engine
+from simllm.training.exposure import exposed
+from simllm.training.offload import HostWork, host_of
 from simllm.training.pipeline import PipelineRun
 from simllm.training.run import Training
 
-__all__ = ["Exchange", "StageTime", "Step", "StepTime", "engine_for", "exposed"]
+__all__ = ["Exchange", "StageTime", "Step", "StepTime", "engine_for"]
 
 
 _ALONE = Group(size=1)
-
-
-def exposed(communication_s: float, window_s: float, share: float) -> float:
-    """Communication that shows beside a window of computation.
-
-    What does not fit into the window shows, and of the rest the share that the software leaves visible.
-
-    >>> exposed(3.0, 2.0, 0.5), exposed(1.0, 2.0, 0.0), exposed(1.0, 2.0, 1.0)
-    (2.0, 0.0, 1.0)
-    """
-    return max(0.0, communication_s - window_s) + share * min(communication_s, window_s)
 
 
 @lru_cache(maxsize=64)
@@ -109,6 +100,8 @@ class Step:
         )
         self.hsdp_shard = plan.hsdp_shard or gcd(plan.dp * plan.cp, max(1, cluster.gpus_per_domain // plan.tp))
         self.states: StateBytes = training.states(plan.precision)
+        if plan.offload.anything:
+            host_of(self)
         self.stages = pipeline_stages(self.graph, plan.pp, plan.vpp, plan.uneven_layers, plan.pipeline.placement)
 
     # -- memory ------------------------------------------------------------------------------------------------
@@ -277,6 +270,9 @@ class Step:
             forward += ahead
             backward += behind
             weight_s += weights
+        if self.plan.offload.anything:
+            ahead, behind = HostWork(self).per_micro_batch(stage, forward.total, backward.total)
+            forward, backward = forward + ahead, backward + behind
         return StageTime(forward, backward, weight_s, 0.0)
 
     # -- the step ------------------------------------------------------------------------------------------------
@@ -313,6 +309,7 @@ class Step:
         once = max((self._once_per_step(stage, time) for stage, time in zip(self.stages, times, strict=True)), key=sum)
         by_cause = (times[busiest].forward + times[busiest].backward).scaled(m).by_cause()
         by_cause["data_parallel"] += once[0]
+        by_cause["offload"] += once[2]
         by_cause["pipeline_p2p"] = times[busiest].p2p_s * m
         # What runs beside computation is transfers first, then the experts' exchanges.
         beside = min(hidden[busiest], by_cause["pipeline_p2p"])
@@ -333,10 +330,14 @@ class Step:
             times.append(known[key])
         return times
 
-    def _once_per_step(self, stage: Stage, time: StageTime) -> tuple[float, float]:
-        """Data-parallel traffic that shows, and the optimizer, on one rank."""
+    def _once_per_step(self, stage: Stage, time: StageTime) -> tuple[float, float, float]:
+        """Data-parallel traffic that shows, the optimizer, and transfers to the host that show, on one rank."""
         dense, expert = stage_weights(stage, self.layout, self.plan.pp)
-        return self._data_parallel(dense, expert, time), self._optimizer(stage, dense, expert)
+        traffic = self._data_parallel(dense, expert, time)
+        if self.plan.offload.moves("optimizer"):
+            shown, update = HostWork(self).per_step(stage, time.backward.total)
+            return traffic, update, shown
+        return traffic, self._optimizer(stage, dense, expert), 0.0
 
     def _data_parallel(self, dense: int, expert: int, time: StageTime) -> float:
         plan, overlap = self.plan, self.stack.overlap
@@ -352,15 +353,20 @@ class Step:
     def _optimizer(self, stage: Stage, dense: int, expert: int) -> float:
         """The update of a rank's own share: its states are read and written once, its moments too."""
         by_dense, by_expert = (1, 1) if self.plan.zero == "0" else shard_degrees(self.plan, self.hsdp_shard)
-        moments = self.moments(stage)
         parameters = dense / by_dense + expert / by_expert
-        read_and_written = 2 * (moments[0] / by_dense + moments[1] / by_expert)
+        read_and_written = 2 * sum(self.owned_moments(stage))
         return self.engine.stream_s(parameters * self.states.update_traffic + read_and_written)
 
     def moments(self, stage: Stage) -> tuple[float, float]:
         """Bytes of optimizer moments of a stage's dense and expert weights, before sharding."""
         element = self.states.moment_element
         return stage_moments(stage, self.layout, self.plan.pp, self.training.optimizer, element)
+
+    def owned_moments(self, stage: Stage) -> tuple[float, float]:
+        """The same on one rank."""
+        by = (1, 1) if self.plan.zero == "0" else shard_degrees(self.plan, self.hsdp_shard)
+        moments = self.moments(stage)
+        return moments[0] / by[0], moments[1] / by[1]
 
     # -- FLOPs ---------------------------------------------------------------------------------------------------
 

@@ -105,6 +105,8 @@ class States(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         The copy that layers compute with under full sharding, while they are gathered.
     gradient_on_wire : BytesPer
         Bytes per parameter that a gradient reduction sends.
+    gradient_bf16 : BytesPer, optional
+        The gradient buffer of runs in bf16, where the software has another optimizer for them.
     """
 
     parameter: BytesPer
@@ -112,6 +114,7 @@ class States(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     master: BytesPer
     gathered_parameter: BytesPer
     gradient_on_wire: BytesPer
+    gradient_bf16: BytesPer | None = None
 
 
 class Costs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -198,7 +198,8 @@ def state_bytes(
     if master_weights is False:
         gradient = float(gradient_bytes or 2)
         return StateBytes(2.0, gradient, 0.0, 2.0, min(gradient, states.gradient_on_wire.si), 2)
-    gradient, wire = states.gradient.si, states.gradient_on_wire.si
+    buffer = states.gradient if precision == "fp16" else states.gradient_bf16 or states.gradient
+    gradient, wire = buffer.si, states.gradient_on_wire.si
     if gradient_bytes is not None:
         gradient, wire = float(gradient_bytes), min(float(gradient_bytes), wire)
     return StateBytes(states.parameter.si, gradient, states.master.si, states.gathered_parameter.si, wire, 4)

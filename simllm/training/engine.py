@@ -199,22 +199,22 @@ class Engine:
     def _block(self, graph: Graph, layout: Layout, groups: BlockGroups, policy: Recompute, is_layer: bool) -> BlockCost:
         collectives = block_collectives(graph, layout, self.impl)
         forward = backward = weights = again = Cost()
-        rerun = {operator.name for operator in recomputed_operators(graph, policy, self.impl)} if is_layer else set()
+        rerun = recomputed_operators(graph, policy, self.impl) if is_layer else ()
         for operator in graph.operators:
-            cost = self.operator_forward(operator, layout)
-            forward += cost
-            if operator.name in rerun:
-                again += cost
+            forward += self.operator_forward(operator, layout)
             inputs, own = self.operator_backward(operator, layout)
             backward += inputs
             weights += own
         backward += weights
+        for operator in rerun:
+            again += self.operator_forward(operator, layout)
         ahead = [c for c in collectives if c.phase == "forward"]
         behind = [c for c in collectives if c.phase == "backward"]
         forward += self._communication(ahead, groups, forward.attention)
         backward += self._communication(behind, groups, backward.attention)
         if rerun:
-            again += self._communication([c for c in ahead if c.operator in rerun], groups, again.attention)
+            names = {operator.name for operator in rerun}
+            again += self._communication([c for c in ahead if c.operator in names], groups, again.attention)
         if is_layer:
             host = self.stack.costs.host_per_layer_forward.si
             ratio = self.stack.costs.host_backward_ratio.si

@@ -41,9 +41,8 @@ _RECOMPUTES_BY_DEFAULT = frozenset({"xla", "automodel"})
 
 #: torchtitan's selective checkpointing keeps the attention and every second matrix product of a layer, and runs the
 #: others and all that is pointwise again (arXiv:2410.06511, section 2.1.3). Its products are q, k, v, o, gate, up and
-#: down, of which k, o and up run again; the graph has q, k, v and gate, up as one operator each. Rerunning qkv and o is
-#: the nearest to it in FLOPs and in memory that whole operators allow.
-_SELECTIVE_PER_OPERATOR = ("mixer_norm", "qkv", "q_norm", "k_norm", "rope", "o", "mlp_norm", "act")
+#: down, of which k, o and up run again.
+_SELECTIVE_PER_OPERATOR = ("mixer_norm", "k", "q_norm", "k_norm", "rope", "o", "mlp_norm", "up", "act")
 
 #: What is kept under remat_policy=save_qkv_proj, the setting of NVIDIA's MaxText recipes (NVIDIA/dgxc-benchmarking
 #: maxtext/configure.sh); the last product of a layer is never run again, because no backward needs its output.
@@ -287,7 +286,13 @@ def _recompute(row: Row, base: str, model: Model) -> Recompute:
         row.assume(f"recompute is not stated: {usual}, as {base} does")
         return Recompute.parse(usual)
     if stated == "selective" and base.startswith("torchtitan"):
-        again = tuple(name for name in _SELECTIVE_PER_OPERATOR if name in _layer_operators(model))
+        present = {
+            name
+            for graph in model.graph.layers
+            for operator in graph.operators
+            for name in (operator.name, *(output.name for output in operator.outputs))
+        }
+        again = tuple(name for name in _SELECTIVE_PER_OPERATOR if name in present)
         row.assume(f"selective recomputation of torchtitan runs {', '.join(again)} again")
         return Recompute(kind="list", operators=again)
     if stated == "selective" and base == "xla":

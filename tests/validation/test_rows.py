@@ -338,7 +338,7 @@ class TestPlan:
         assert str(plan_of(row_of(good, framework="MaxText (JAX/XLA)", recompute="selective")).recompute) == "full"
         assert plan_of(row_of(good, recompute="selective")).recompute.kind == "selective"
         titan = plan_of(row_of(good, framework="torchtitan", recompute="selective")).recompute
-        assert titan.operators == ("mixer_norm", "qkv", "rope", "o", "mlp_norm", "act")
+        assert titan.operators == ("mixer_norm", "k", "rope", "o", "mlp_norm", "up", "act")
 
     def test_experts_follow_the_tensor_parallel_ranks_where_the_framework_does_that(self, good):
         cells = {**MOE, "ep": "4"}

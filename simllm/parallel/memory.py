@@ -29,7 +29,7 @@ __all__ = [
     "weight_gradient_bytes",
 ]
 
-MEMORY_KINDS = ("parameters", "gradients", "optimizer", "activations", "working", "gathered", "context")
+MEMORY_KINDS = ("parameters", "gradients", "optimizer", "activations", "working", "gathered", "buffers", "context")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,8 @@ class StageMemory:
     rank : int
     by_kind : dict of str to float
         Bytes: parameters, gradients, optimizer, activations (kept for the backward pass), working (at the peak's
-        moment), gathered (parameters of layers at work under full sharding), context (outside the allocator).
+        moment), gathered (parameters of layers at work under full sharding), buffers (of communication), context
+        (outside the allocator).
     in_flight : float
         Micro-batches whose activations are held, as a fraction of the rank's layers.
     moment : str
@@ -60,6 +61,17 @@ class StageMemory:
     def peak_bytes(self) -> float:
         """Bytes at the peak: the sum of the kinds."""
         return sum(self.by_kind.values())
+
+    @property
+    def views(self) -> dict[str, float]:
+        """The peak as different tools show it.
+
+        ``max_allocated``: `torch.cuda.max_memory_allocated`, tensors only. ``max_reserved``: with what the allocator
+        holds back for later; published reserved peaks are predicted as well without any such slack, so none is added.
+        ``nvidia_smi``: with the CUDA context and libraries.
+        """
+        tensors = self.peak_bytes - self.by_kind["context"]
+        return {"max_allocated": tensors, "max_reserved": tensors, "nvidia_smi": self.peak_bytes}
 
     @property
     def state_bytes(self) -> float:
@@ -242,6 +254,7 @@ def stage_memory(
         "activations": held.size_bytes + use.head * heads,
         "working": use.working,
         "gathered": _gathered_bytes(stage, layout, states) if full else 0.0,
+        "buffers": min(states.buckets, sum(weights) * (states.gradient_on_wire + states.parameter)),
         "context": context_bytes,
     }
     moment = f"{use.moment}, after the {held.moment}" if held.moment else use.moment

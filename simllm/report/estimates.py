@@ -38,6 +38,7 @@ MEMORY = {
     "activations": "activations kept",
     "working": "at work at the peak",
     "gathered": "gathered parameters",
+    "buffers": "communication buffers",
     "context": "context and libraries",
 }
 _GROUPS = {

@@ -187,6 +187,7 @@ class Estimate:
                 "capacity_bytes": self.cluster.accelerator.memory_bytes,
                 "usable_bytes": self.usable_memory_bytes,
                 "by_kind": dict(peak.by_kind),
+                "views": peak.views,
                 "host": None if self.host_memory is None else self.host_memory.to_dict(),
                 "states": [asdict(term) for term in self.state_terms],
                 "per_stage": [
@@ -194,6 +195,7 @@ class Estimate:
                         "stage": stage.rank,
                         "peak_bytes": stage.peak_bytes,
                         "by_kind": dict(stage.by_kind),
+                        "host": dict(stage.host),
                         "micro_batches_in_flight": stage.in_flight,
                         "peak_moment": stage.moment,
                     }

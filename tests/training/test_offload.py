@@ -60,7 +60,7 @@ def test_everything_that_leaves_is_on_the_host() -> None:
     there = away.peak_stage
     assert there.host["optimizer:nvme"] == here.by_kind["optimizer"]
     assert there.host["parameters"] == here.by_kind["parameters"]
-    assert there.host["gradients"] == here.by_kind["gradients"] / 2  # as sent, in 16 bits; the stack keeps two copies
+    assert there.host["gradients"] == here.by_kind["gradients"]
     assert there.host["activations"] + there.by_kind["activations"] == pytest.approx(here.by_kind["activations"])
     assert there.by_kind["optimizer"] == there.by_kind["parameters"] == 0
     memory = away.host_memory

@@ -6,7 +6,6 @@ and their gradients), or the first layer of a backward pass (a recomputed layer 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -170,8 +169,9 @@ class Held:
 _ACTION_WORDS = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
 
 
+@lru_cache(maxsize=1 << 14)
 def held_along(
-    table: Table, rank: int, stages: Sequence[Stage], layout: Layout, impl: Implementation, policy: Recompute
+    table: Table, rank: int, stages: tuple[Stage, ...], layout: Layout, impl: Implementation, policy: Recompute
 ) -> Held:
     """What a rank holds at the fullest moment of an action table.
 
@@ -179,7 +179,7 @@ def held_along(
     ----------
     table : Table
     rank : int
-    stages : sequence of Stage
+    stages : tuple of Stage
         Every chunk by itself, in model order.
     layout : Layout
     impl : Implementation

@@ -112,7 +112,7 @@ class PipelineRun:
             weight_gradient_bytes(stage, self.step.layout, self.step.engine.impl) / size
             for stage, size in zip(self.stages, kept, strict=True)
         )
-        rows = searched_zero_bubble(
+        return searched_zero_bubble(
             plan.num_micro_batches,
             plan.pipeline.limit * plan.pp,
             pending,
@@ -121,7 +121,6 @@ class PipelineRun:
             tuple(times.weight_gradient),
             times.lag,
         )
-        return Table(placement="loop", chunks=1, rows=rows)
 
     @cached_property
     def total_s(self) -> float:

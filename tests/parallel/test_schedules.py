@@ -200,8 +200,7 @@ def test_searched_tables_respect_their_memory_and_beat_the_handmade(
 ) -> None:
     pp = len(stages)
     forward, inputs, weights = zip(*stages, strict=True)
-    rows = searched_zero_bubble(m, limit * pp, pending, forward, inputs, weights)
-    table = Table(placement="loop", chunks=1, rows=rows)
+    table = searched_zero_bubble(m, limit * pp, pending, forward, inputs, weights)
     times = StageTimes(forward=forward, input_gradient=inputs, weight_gradient=weights)
     found = simulated_time(table, times, synchronised=False)
     handmade = schedule_actions(f"zb-h{limit}", pp, m)

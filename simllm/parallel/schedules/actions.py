@@ -33,9 +33,9 @@ class Pair(NamedTuple):
 Row = tuple[Action | Pair, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Table:
-    """The work of every rank, in order.
+    """The work of every rank, in order. Tables are made once and known by identity: they can be long.
 
     Attributes
     ----------

@@ -28,7 +28,7 @@ def searched_zero_bubble(
     input_s: tuple[float, ...],
     weight_s: tuple[float, ...],
     lag_s: float = 0.0,
-) -> tuple[Row, ...]:
+) -> Table:
     """The best of two ways to use gaps, and of the schedule made by hand for this limit.
 
     A weight gradient fills every gap, or only gaps not known to be shorter than itself.
@@ -50,12 +50,10 @@ def searched_zero_bubble(
     pp = len(forward_s)
     tried = [_greedy(m, limit, pending, times, lag_s, patience) for patience in (0.0, 1.0)]
     tried.append(zb_h2(pp, m) if limit >= 2 * pp - 1 else zb_h1(pp, m))
+    tables = [Table(placement="loop", chunks=1, rows=rows) for rows in tried]
     stages = StageTimes(forward=forward_s, input_gradient=input_s, weight_gradient=weight_s, lag=lag_s)
 
-    def period(rows: tuple[Row, ...]) -> float:
-        return simulated_time(Table(placement="loop", chunks=1, rows=rows), stages, synchronised=False)
-
-    return min(tried, key=period)
+    return min(tables, key=lambda table: simulated_time(table, stages, synchronised=False))
 
 
 def _greedy(

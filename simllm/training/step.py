@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import gcd
 
@@ -293,7 +293,7 @@ class Step:
         plan = self.plan
         transfer, visible = self.transfer_s
         times = [
-            replace(time, p2p_s=self.p2p_count(stage) * transfer * visible)
+            StageTime(time.forward, time.backward, time.weight_s, self.p2p_count(stage) * transfer * visible)
             for stage, time in zip(self.stages, self.stage_times(self.stages), strict=True)
         ]
         # Where the pipeline holds two copies of the model, half of the micro-batches pass each.

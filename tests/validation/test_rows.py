@@ -331,7 +331,10 @@ class TestPlan:
         assert not plan_of(row_of(good, pp="11", n_gpus="176", dp="8", vocab="999")).uneven_layers
 
     def test_recomputation_of_the_stacks(self, good):
-        assert str(plan_of(row_of(good, framework="MaxText (JAX/XLA)", recompute="")).recompute) == "full"
+        gpu = plan_of(row_of(good, framework="MaxText (JAX/XLA)", recompute="")).recompute
+        assert {"qkv", "down"}.isdisjoint(gpu.operators)
+        assert {"attention_core", "o", "gate_up", "act"} <= set(gpu.operators)
+        assert str(plan_of(row_of(good, framework="Paxml (JAX)", recompute="")).recompute) == "full"
         assert str(plan_of(row_of(good, framework="MaxText (JAX/XLA)", recompute="selective")).recompute) == "full"
         assert plan_of(row_of(good, recompute="selective")).recompute.kind == "selective"
         titan = plan_of(row_of(good, framework="torchtitan", recompute="selective")).recompute
@@ -376,3 +379,17 @@ class TestPlan:
     def test_plans_that_cannot_be(self, good, cells, says):
         with pytest.raises(InputError, match=says):
             plan_of(row_of(good, **cells))
+
+
+def test_a_system_that_the_interconnect_names_is_used(good):
+    row = row_of(good, gpu="a100-sxm-80gb", n_gpus="16", interconnect="NVLink intra; 4x Omni-Path links (Jean Zay)")
+    assert run_cluster(row).name == "jean-zay-a100"
+    assert any("jean-zay-a100" in sentence for sentence in row.assumptions)
+    other = row_of(good, gpu="h100-sxm", n_gpus="16", interconnect="NVLink intra (Jean Zay)")
+    assert run_cluster(other).name == "h100-sxm cluster"
+
+
+def test_optimizer_states_sharded_in_groups(good):
+    shared = {"zero": "1", "overlap_notes": "ZeRO-1 sharded within 2 GPUs (zero1=2)"}
+    assert plan_of(row_of(good, **shared)).hsdp_shard == 2
+    assert plan_of(row_of(good, zero="1")).hsdp_shard == 0

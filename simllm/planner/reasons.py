@@ -5,7 +5,7 @@ from __future__ import annotations
 from simllm.training import Estimate
 from simllm.units import format_bytes, format_duration
 
-__all__ = ["CAUSES", "explain_difference", "limits"]
+__all__ = ["CAUSES", "GROUPS", "explain_difference", "limits"]
 
 #: Causes of time in the words of tables.
 CAUSES = {
@@ -22,7 +22,8 @@ CAUSES = {
     "pipeline_bubble": "pipeline bubble",
     "optimizer": "optimizer",
 }
-_GROUPS = {
+#: Groups of ranks whose traffic makes up a cause of time.
+GROUPS = {
     "tensor_parallel": ("tp",),
     "context_parallel": ("cp",),
     "expert_parallel": ("ep", "etp"),
@@ -44,7 +45,7 @@ def limits(answer: Estimate) -> str:
         share = seconds / answer.step_time_s
         if share < 0.01:
             break
-        links = {t.bottleneck for t in answer.communication if t.group in _GROUPS.get(cause, ())}
+        links = {t.bottleneck for t in answer.communication if t.group in GROUPS.get(cause, ())}
         over = f" over {' and '.join(sorted(links))}" if links else ""
         parts.append(f"{CAUSES[cause]}{over} ({share:.0%})")
     free = answer.cluster.accelerator.memory_bytes - answer.peak_memory_bytes

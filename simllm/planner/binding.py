@@ -1,11 +1,11 @@
-"""What binds a plan: the seconds of a step by the resource they wait for, and by how much two plans differ in them."""
+"""What binds a plan: the seconds of a step by the resource that they wait for."""
 
 from __future__ import annotations
 
 from simllm.planner.reasons import GROUPS
 from simllm.training import Estimate
 
-__all__ = ["difference", "resources"]
+__all__ = ["resources"]
 
 #: Causes of time whose resource is the same wherever a plan runs.
 _RESOURCES = {
@@ -49,16 +49,3 @@ def _shares(answer: Estimate, cause: str) -> dict[str, float]:
             links[traffic.bottleneck] = links.get(traffic.bottleneck, 0.0) + traffic.time_s
     total = sum(links.values())
     return {link: seconds / total for link, seconds in links.items()} if total else {"links": 1.0}
-
-
-def difference(best: Estimate, other: Estimate) -> dict[str, float]:
-    """Seconds that another plan needs more (or, negative, less) for the tokens of a step of the best, by cause.
-
-    They add up to the difference of the step times.
-
-    Parameters
-    ----------
-    best, other : Estimate
-    """
-    same_tokens = best.tokens_per_step / other.tokens_per_step
-    return {cause: other.time.by_cause[cause] * same_tokens - s for cause, s in best.time.by_cause.items()}

@@ -12,7 +12,7 @@ from simllm.hardware import Cluster
 from simllm.parallel.plan import Plan
 from simllm.training import Estimate, Training, estimate
 from simllm.training.estimate import plan_dict
-from simllm.units import format_bytes, format_rate, format_si
+from simllm.units import format_bytes, format_rate
 
 __all__ = ["Change", "sensitivity"]
 
@@ -58,7 +58,7 @@ class Change:
 
     @property
     def elasticity(self) -> float | None:
-        """Percent of throughput for a percent of the thing; of a bandwidth or a rate: the share of the step it binds."""
+        """Percent of throughput for a percent of the thing; of a bandwidth: the share of the step that it binds."""
         if self.same_plan is None:
             return None
         return math.log1p(self.gain(self.same_plan)) / math.log(self.factor)
@@ -149,7 +149,7 @@ def _questions(answer: Estimate, factor: float) -> Iterator[tuple[str, str, str,
     card = cluster.accelerator
     rates = {name: rate * factor for name, rate in card.peak_flops.items()}
     faster = replace(cluster, accelerator=replace(card, peak_flops=rates))
-    flops = [format_si(rate, "FLOP/s") for rate in (answer.peak_flops, answer.peak_flops * factor)]
+    flops = [f"{rate / 1e12:,.0f} TFLOP/s" for rate in (answer.peak_flops, answer.peak_flops * factor)]
     yield "FLOP rate", flops[0], flops[1], factor, faster, training, plan
     hardware: list[tuple[str, float, Callable[[float], str], Cluster]] = [
         (

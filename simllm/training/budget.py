@@ -1,4 +1,4 @@
-"""What a whole run takes: days, GPU-hours, money, energy and emissions for so many tokens, with and without failures."""
+"""What a whole run takes for so many tokens: days, GPU-hours, money, energy, emissions, without failures and with."""
 
 from __future__ import annotations
 

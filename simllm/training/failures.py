@@ -171,7 +171,7 @@ class Recovery:
 def _partial_moment(order: int, end: float) -> float:
     """Integral of ``t^order exp(-t)`` from 0 to an end, for order 1 or 2."""
     if end < 0.1:  # the closed form would lose all digits
-        return sum((-1) ** n * end ** (n + order + 1) / (math.factorial(n) * (n + order + 1)) for n in range(10))
+        return math.fsum((-1) ** n * end ** (n + order + 1) / (math.factorial(n) * (n + order + 1)) for n in range(10))
     if order == 1:
         return 1 - math.exp(-end) * (1 + end)
     return 2 - math.exp(-end) * (end * end + 2 * end + 2)

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from rich.console import RenderableType
 from rich.text import Text
 
+from simllm.planner.binding import resources
 from simllm.planner.sensitivity import Change
-from simllm.report.text import heading, notes, table
+from simllm.report.text import facts, heading, notes, table
 
 __all__ = ["change_rows", "sensitivity_report"]
 
@@ -41,7 +42,11 @@ def sensitivity_report(changes: Sequence[Change]) -> list[RenderableType]:
         f"{change.what}: {change.best.plan}" for change in changes if change.best is not None and not _same(change)
     ]
     reasons = [f"{change.what}: {change.reason}" for change in changes if change.reason is not None]
+    base = changes[0].base
+    bound = ", ".join(f"{what} {s / base.step_time_s:.1%}" for what, s in resources(base).items())
     return [
+        Text(),
+        facts({"bound by": bound}),
         Text(),
         heading("What would help", "throughput with more of one thing; per percent: percent of throughput"),
         table(columns, rows, left=("more of",)),

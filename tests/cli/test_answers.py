@@ -446,7 +446,7 @@ def test_output_keeps_links_and_modes(cli, tmp_path: Path) -> None:
     place.write_text("old")
     place.chmod(0o640)
     link.symlink_to(place)
-    cli("models", "show", "gpt2", "--output", str(link))
+    cli("models", "show", "gpt2", "--output", str(link), "--overwrite")
     assert link.is_symlink()
     assert json.loads(place.read_text())["name"] == "gpt2"
     assert stat.S_IMODE(place.stat().st_mode) == 0o640

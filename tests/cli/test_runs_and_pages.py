@@ -101,6 +101,29 @@ def test_an_answer_that_exists(cli, tmp_path: Path) -> None:
     assert json.loads(answer.read_text())["fits"]
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "models list",
+        "models show gpt2",
+        "models compare gpt2 llama-3-8b",
+        "hardware list",
+        "hardware show h100-sxm",
+        "collective all_reduce --size 1MB --cluster dgx-h100 --gpus 8",
+        "validate runs runs.csv",
+        "validate collectives runs.csv",
+        "calibrate collectives runs.csv",
+    ],
+)
+def test_every_command_keeps_what_is_there(cli, tmp_path: Path, line: str) -> None:
+    mine = tmp_path / "mine.json"
+    mine.write_text("mine")
+    result = cli(*line.split(), "-o", str(mine))
+    assert result.status == 2
+    assert f"--output={mine} exists" in result.err
+    assert mine.read_text() == "mine"
+
+
 def test_page_when_nothing_fits(cli, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     nothing = "plan llama-3-70b --cluster dgx-h100 --gpus 8 --global-batch-size 8 --sensitivity"

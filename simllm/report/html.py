@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from rich.console import RenderableType
-from rich.text import Text
 
 from simllm.hardware.figures import Figure
 from simllm.hardware.profiles import figures_of
@@ -21,7 +20,7 @@ from simllm.report.plans import search_report
 from simllm.report.plots import plot_estimate
 from simllm.report.runs import run_report
 from simllm.report.sensitivities import sensitivity_report
-from simllm.report.text import heading, table
+from simllm.report.text import heading, paragraph, table
 from simllm.report.timeline_plot import plot_timeline
 from simllm.training import Estimate
 from simllm.training.budget import Budget
@@ -121,7 +120,12 @@ def _details(answer: Estimate, run: Budget | None, changes: Sequence[Change]) ->
         if any(change.same_plan is not None for change in changes):
             caption = "Throughput with more of one thing at a time"
             parts.append(Picture(svg=plot_sensitivity(changes, "svg"), caption=caption))
-    return [*parts, Text(), heading("Sources", "figures of the profiles this answer rests on"), _sources(answer)]
+    return [
+        *parts,
+        heading("Sources", "figures of the profiles this answer rests on"),
+        _sources(answer),
+        _curves(answer),
+    ]
 
 
 def _differences(search: PlanSearch) -> RenderableType:
@@ -139,6 +143,15 @@ def _differences(search: PlanSearch) -> RenderableType:
 
 def _signed(seconds: float) -> str:
     return "0" if seconds == 0 else f"{'+' if seconds > 0 else '-'}{format_duration(abs(seconds))}"
+
+
+def _curves(answer: Estimate) -> RenderableType:
+    """Where the fitted curves are, which would fill pages."""
+    cluster = answer.cluster
+    links = [link for link in (cluster.scaleup_link, cluster.scaleout_link) if link]
+    commands = [f"simllm hardware show {cluster.accelerator.name} --kind kernels"]
+    commands += [f"simllm hardware show {link}" for link in links]
+    return paragraph(f"The fitted curves of kernels and links, each with its source: {', '.join(commands)}.")
 
 
 def _sources(answer: Estimate) -> RenderableType:

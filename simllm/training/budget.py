@@ -227,6 +227,7 @@ def _failures(answer: Estimate, work_s: float, own: Operation) -> tuple[dict[str
         sources["restart"] = published.restart.source
     size = checkpoint_bytes(answer)
     write_s = size / bandwidth
+    restart += write_s  # the checkpoint is read at the speed it was written
     # The interval is chosen for the MTBF one counts on; the machines may turn out better or worse.
     interval = own.checkpoint_interval_s or optimal_interval(write_s, mtbfs[1] / gpus)
 
@@ -235,7 +236,7 @@ def _failures(answer: Estimate, work_s: float, own: Operation) -> tuple[dict[str
             work_s=work_s,
             mtbf_s=mtbf_s / gpus,
             checkpoint_s=write_s,
-            restart_s=restart + write_s,
+            restart_s=restart,
             interval_s=interval,
         )
         return run.quantiles_s(share)[0]
@@ -252,6 +253,6 @@ def _failures(answer: Estimate, work_s: float, own: Operation) -> tuple[dict[str
         "checkpoint_bytes": size,
         "checkpoint_s": write_s,
         "checkpoint_interval_s": interval,
-        "restart_s": restart + write_s,
+        "restart_s": restart,
         "sources": sources,
     }, median

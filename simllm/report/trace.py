@@ -15,7 +15,7 @@ _NAMES = {"F": "forward", "B": "backward", "data_parallel": "gradients and param
 
 
 def trace_dict(answer: Estimate, line: StepTimeline) -> dict[str, Any]:
-    """The trace as plain data, in the Trace Event Format (complete events; times in microseconds).
+    """The trace as plain data, in the Trace Event Format (complete events, in whole microseconds).
 
     A process stands for the job, a thread for one pipeline rank.
 
@@ -48,16 +48,18 @@ def trace_dict(answer: Estimate, line: StepTimeline) -> dict[str, Any]:
 def _event(item: Slice, rank: int, line: StepTimeline) -> dict[str, Any]:
     word = _NAMES.get(item.kind, item.kind)
     of_chunk = item.micro_batch >= 0
+    # Whole microseconds: slices that touch must not overlap by a rounded nanosecond, or viewers drop them.
+    start, end = round(item.start_s * 1e6), round(item.end_s * 1e6)
     args: dict[str, Any] = {}
     if of_chunk:
         args = {"micro_batch": item.micro_batch, "chunk": item.chunk}
         args |= {f"{cause}_us": seconds * 1e6 for cause, seconds in line.parts[rank][item.kind].items()}
     return {
-        "name": f"{word} {item.micro_batch}" if of_chunk else word,
+        "name": f"{item.kind} {item.micro_batch}" if of_chunk else word,
         "cat": word,
         "ph": "X",
-        "ts": item.start_s * 1e6,
-        "dur": (item.end_s - item.start_s) * 1e6,
+        "ts": start,
+        "dur": end - start,
         "pid": 0,
         "tid": rank,
         "args": args,

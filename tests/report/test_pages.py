@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -152,12 +153,16 @@ def test_trace(answer: Estimate) -> None:
     events = [event for event in trace["traceEvents"] if event["ph"] == "X"]
     # Forward and backward of every chunk and micro-batch; gradients and optimizer once a rank.
     assert len(events) == 4 * (2 * 2 * 16 + 2)
-    assert max(event["ts"] + event["dur"] for event in events) == pytest.approx(line.total_s * 1e6)
+    assert max(event["ts"] + event["dur"] for event in events) == round(line.total_s * 1e6)
+    for rank in range(4):
+        own = [event for event in events if event["tid"] == rank]
+        # Viewers drop slices that overlap by whatever little.
+        assert all(a["ts"] + a["dur"] <= b["ts"] for a, b in pairwise(own))
     assert {event["tid"] for event in events} == {0, 1, 2, 3}
     forward = [event for event in events if event["cat"] == "forward" and event["tid"] == 1]
     for event in forward:
         parts = [value for name, value in event["args"].items() if name.endswith("_us")]
-        assert sum(parts) == pytest.approx(event["dur"])
+        assert sum(parts) == pytest.approx(event["dur"], abs=1)
     names = {event["args"]["name"] for event in trace["traceEvents"] if event["name"] == "thread_name"}
     assert names == {f"pipeline rank {rank}" for rank in range(4)}
     assert trace["otherData"]["step_time_s"] == answer.step_time_s

@@ -31,6 +31,11 @@ def mass_words(kilograms: float | None) -> str:
     return "" if kilograms is None else _spaced(format_si(kilograms / 1e3), "t")
 
 
+def _days(seconds: float) -> str:
+    days = seconds / 86400
+    return f"{days:,.1f}" if days >= 10 else f"{days:.3g}"
+
+
 def _span(seconds: float) -> str:
     """A duration, in minutes where people speak of minutes."""
     return f"{seconds / 60:.3g} min" if 120 <= seconds < 7200 else format_duration(seconds)
@@ -52,8 +57,7 @@ def run_rows(run: Budget) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     def row(name: str, cost: RunCost) -> tuple[str, ...]:
         usd = "" if cost.usd is None else format_count(cost.usd)
         cells = {"USD": usd, "energy": energy_words(cost.kwh), "CO2e": mass_words(cost.kg_co2e)}
-        days = f"{cost.time_s / 86400:,.4g}"
-        return (name, days, format_count(cost.gpu_hours), *(cells[column] for column in columns[3:]))
+        return (name, _days(cost.time_s), format_count(cost.gpu_hours), *(cells[column] for column in columns[3:]))
 
     return columns, [row("without interruptions", run.ideal), row("with failures", run.with_failures.cost)]
 
@@ -64,7 +68,7 @@ def failure_facts(run: Budget) -> dict[str, str]:
     low, high = failures.goodput_interval
     short, long = failures.time_interval_s
     return {
-        "goodput": f"{failures.goodput:.1%} ({low:.1%} to {high:.1%}), {short / 86400:.4g} to {long / 86400:.4g} days "
+        "goodput": f"{failures.goodput:.1%} ({low:.1%} to {high:.1%}), {_days(short)} to {_days(long)} days "
         "in eight of ten such runs",
         "failures": f"{failures.failures:,.3g}, one every {_span(failures.job_mtbf_s)}; {_span(failures.restart_s)} to "
         "restart",

@@ -136,7 +136,7 @@ def test_reports_of_runs_and_changes(answer: Estimate) -> None:
     text = render(run_report(run))
     for word in ("goodput", "GPU-hours", "USD", "CO2e", "checkpoints", "2026-03", "PUE 1.2", "419 unexpected"):
         assert word in text
-    assert f"{run.ideal.time_s / 86400:,.4g}" in text
+    assert f"{run.ideal.time_s / 86400:,.1f}" in text
     assert "give --price" not in text
     changes = sensitivity(answer)
     text = render(sensitivity_report(changes))

@@ -15,6 +15,7 @@ _RESOURCES = {
     "elementwise": "memory bandwidth",
     "optimizer": "memory bandwidth",
     "host": "host",
+    "offload": "host link",
     "pipeline_bubble": "waiting for other pipeline ranks",
 }
 

@@ -51,6 +51,10 @@ _TIME = {
         "one micro-batch through all other ranks / vpp (equal ranks: (pp - 1) / (vpp m) of the work)",
         "arXiv:2104.04473, section 2.2",
     ),
+    "offload": (
+        "transfers over the host link beyond the passes they run beside: max(0, T - W) + share x min(T, W)",
+        "arXiv:2101.06840, section 4; arXiv:2104.07857, section 6.1",
+    ),
     "optimizer": ("bytes of states and gradients read and written / memory bandwidth", "roofline"),
 }
 #: Kind of memory -> formula, and where it is from.

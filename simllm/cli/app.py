@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from simllm.cli import calibrate, collective, estimate, hardware, models, plan, validate
-from simllm.cli.output import ReaderGoneError
+from simllm.cli.output import ReaderGoneError, remember_command
 from simllm.errors import InputError, unknown_name
 
 __all__ = ["run"]
@@ -115,6 +115,7 @@ def _invoke(words: list[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a narrow terminal encoding must not cost the answer
+    remember_command(words)
     status = _build().main(words, prog_name="simllm", standalone_mode=False)
     return status if isinstance(status, int) else ANSWER
 

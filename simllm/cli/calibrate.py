@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from simllm.cli.options import Json, Plot, count
+from simllm.cli.options import Json, Overwrite, Plot, count
 from simllm.cli.output import check_output, check_plot, emit, progress, write_file
 from simllm.errors import InputError, unknown_name
 
@@ -45,6 +45,7 @@ def collectives(
     ] = None,
     as_json: Json = False,
     plot: Plot = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Fit the figures of links to measured collectives and write them as a profile.
 
@@ -65,8 +66,8 @@ def collectives(
 
     folder = os.path.isdir(output)
     if not folder:
-        check_output(output)
-    picture = check_plot(plot)
+        check_output(output, overwrite=overwrite)
+    picture = check_plot(plot, overwrite)
     if collective is not None and operation_name(collective) not in OPERATIONS:
         raise unknown_name("collective", collective, OPERATIONS)
     ranks = None if gpus is None else count(gpus, "--gpus")
@@ -78,7 +79,7 @@ def collectives(
         raise InputError(f"{file} holds measurements over {names}; give one of them as --link, or a folder as --output")
     written = {fit.link.name: str(Path(output) / f"{fit.link.name}.yaml") if folder else output for fit in fits}
     for path in written.values():
-        check_output(path)
+        check_output(path, overwrite=overwrite)
     if plot is not None:
         from simllm.report.collective_plots import plot_residuals
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from simllm.cli.options import ClusterName, Gpus, Json, Output, Plot, count, load_cluster, size_bytes
+from simllm.cli.options import ClusterName, Gpus, Json, Output, Overwrite, Plot, count, load_cluster, size_bytes
 from simllm.cli.output import check_output, check_plot, emit, write_file
 from simllm.errors import InputError
 
@@ -51,6 +51,7 @@ def collective(
     as_json: Json = False,
     output: Output = None,
     plot: Plot = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Price one collective, or a sweep over sizes.
 
@@ -67,8 +68,8 @@ def collective(
     from simllm.network import Group
     from simllm.report.collectives import collective_dict, collective_report, doubling_sizes
 
-    check_output(output)
-    picture = check_plot(plot)
+    check_output(output, overwrite=overwrite)
+    picture = check_plot(plot, overwrite)
     last, first = size_bytes(size, "--size"), size_bytes(min_size, "--min-size")
     if sweep and first > last:
         raise InputError(f"--min-size={min_size} is more than --size={size}; a sweep goes up from the one to the other")

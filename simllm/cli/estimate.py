@@ -7,31 +7,42 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from simllm.cli.options import (
+    CheckpointInterval,
     ClusterName,
     FlopConvention,
     GlobalBatchSize,
     Gpus,
     GradientPrecision,
+    GridIntensity,
     Headroom,
     Json,
     MasterWeights,
     ModelName,
+    Mtbf,
+    NodePower,
     OptimizerName,
     Output,
+    Overwrite,
     Plot,
     Precision,
     Price,
+    Pue,
+    Report,
+    Restart,
+    Sensitivity,
     SeqLen,
     StackName,
+    StorageBandwidth,
     Tokens,
+    Trace,
     count,
     load_cluster,
     load_model,
     make_training,
-    optional_price,
+    optional_operation,
     optional_tokens,
 )
-from simllm.cli.output import check_output, check_plot, emit, write_file
+from simllm.cli.output import check_output, check_plot, command_line, emit, write_file
 from simllm.errors import InputError
 
 if TYPE_CHECKING:
@@ -120,9 +131,20 @@ def estimate(
     flop_convention: FlopConvention = "full-attention",
     tokens: Tokens = None,
     price: Price = None,
+    mtbf: Mtbf = None,
+    restart: Restart = None,
+    storage_bandwidth: StorageBandwidth = None,
+    checkpoint_interval: CheckpointInterval = None,
+    node_power: NodePower = None,
+    pue: Pue = None,
+    grid_intensity: GridIntensity = None,
+    sensitivity: Sensitivity = False,
     as_json: Json = False,
     output: Output = None,
     plot: Plot = None,
+    report: Report = None,
+    trace: Trace = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Estimate the time and memory of one plan.
 
@@ -135,12 +157,20 @@ def estimate(
     from simllm.models.activations import Recompute
     from simllm.parallel.offload import Offload
     from simllm.parallel.plan import Plan
+    from simllm.planner.sensitivity import sensitivity as what_would_help
     from simllm.report.estimates import estimate_dict, estimate_report
+    from simllm.report.runs import run_report
+    from simllm.report.sensitivities import sensitivity_report
     from simllm.training.budget import budget
 
-    check_output(output)
-    picture = check_plot(plot)
-    run_tokens, usd = optional_tokens(tokens), optional_price(price)
+    check_output(output, overwrite=overwrite)
+    picture = check_plot(plot, overwrite)
+    check_output(report, "--report", overwrite, ".html")
+    check_output(trace, "--trace", overwrite, ".json")
+    run_tokens = optional_tokens(tokens)
+    operation = optional_operation(
+        run_tokens, price, mtbf, restart, storage_bandwidth, checkpoint_interval, node_power, pue, grid_intensity
+    )
     tensor, pipeline, chunks, context = count(tp, "--tp"), count(pp, "--pp"), count(vpp, "--vpp"), count(cp, "--cp")
     loaded = load_model(model)
     where = load_cluster(cluster, gpus)
@@ -168,12 +198,31 @@ def estimate(
         offload=Offload.parse(offload),
     )
     answer = training.estimate(loaded, where, split, run, simulate=simulate)
-    cost = None if run_tokens is None else budget(answer, run_tokens, usd)
+    cost = None if run_tokens is None else budget(answer, run_tokens, operation=operation)
+    changes = what_would_help(answer) if sensitivity else ()
     if plot is not None:
         from simllm.report.plots import plot_estimate
 
         write_file(plot, plot_estimate(answer, picture), "--plot")
-    emit(lambda: estimate_dict(answer, cost), lambda: estimate_report(answer, cost), as_json, output)
+    if report is not None:
+        from simllm.report.html import estimate_page
+
+        write_file(report, estimate_page(answer, cost, changes, command_line()), "--report")
+    if trace is not None:
+        from simllm.report.trace import trace_json
+        from simllm.training.timeline import step_timeline
+
+        write_file(trace, trace_json(answer, step_timeline(answer)), "--trace")
+    emit(
+        lambda: estimate_dict(answer, cost, changes),
+        lambda: [
+            *estimate_report(answer, cost),
+            *(run_report(cost) if cost else []),
+            *(sensitivity_report(changes) if changes else []),
+        ],
+        as_json,
+        output,
+    )
 
 
 def _data_parallel(gpus: int, tp: int, pp: int, cp: int) -> int:

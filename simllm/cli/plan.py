@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from simllm.cli.options import (
+    CheckpointInterval,
     ClusterName,
     FlopConvention,
     GlobalBatchSize,
     GradientPrecision,
+    GridIntensity,
     Headroom,
     Json,
     MasterWeights,
     ModelName,
+    Mtbf,
+    NodePower,
     OptimizerName,
     Output,
+    Overwrite,
+    Plot,
     Price,
+    Pue,
+    Report,
+    Restart,
+    Sensitivity,
     SeqLen,
     StackName,
+    StorageBandwidth,
     Tokens,
+    Trace,
     count,
     make_training,
-    optional_price,
+    optional_operation,
     optional_tokens,
 )
-from simllm.cli.output import check_output, emit, progress
+from simllm.cli.output import check_output, check_plot, command_line, emit, progress, write_file
 from simllm.cli.plan_options import (
     Compare,
     Cp,
@@ -53,6 +65,10 @@ from simllm.cli.plan_options import (
     compared_plans,
     make_constraints,
 )
+
+if TYPE_CHECKING:
+    from simllm.hardware import Cluster
+    from simllm.training import Estimate, Training
 
 __all__ = ["plan"]
 
@@ -100,8 +116,20 @@ def plan(
     gradient_precision: GradientPrecision = None,
     flop_convention: FlopConvention = "full-attention",
     price: Price = None,
+    mtbf: Mtbf = None,
+    restart: Restart = None,
+    storage_bandwidth: StorageBandwidth = None,
+    checkpoint_interval: CheckpointInterval = None,
+    node_power: NodePower = None,
+    pue: Pue = None,
+    grid_intensity: GridIntensity = None,
+    sensitivity: Sensitivity = False,
     as_json: Json = False,
     output: Output = None,
+    plot: Plot = None,
+    report: Report = None,
+    trace: Trace = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Find the best plans and say why they are.
 
@@ -115,11 +143,20 @@ def plan(
     """
     from simllm import planner
     from simllm.models import Model
+    from simllm.planner.sensitivity import sensitivity as what_would_help
     from simllm.report.plans import search_dict, search_report
+    from simllm.report.runs import run_report
+    from simllm.report.sensitivities import sensitivity_report
     from simllm.training.budget import budget
 
-    check_output(output)
-    run_tokens, usd = optional_tokens(tokens), optional_price(price)
+    check_output(output, overwrite=overwrite)
+    picture = check_plot(plot, overwrite)
+    check_output(report, "--report", overwrite, ".html")
+    check_output(trace, "--trace", overwrite, ".json")
+    run_tokens = optional_tokens(tokens)
+    operation = optional_operation(
+        run_tokens, price, mtbf, restart, storage_bandwidth, checkpoint_interval, node_power, pue, grid_intensity
+    )
     constraints = make_constraints(
         tp=tp,
         pp=pp,
@@ -144,7 +181,7 @@ def plan(
     run = make_training(
         loaded, seq_len, stack, memory_headroom, optimizer, master_weights, gradient_precision, flop_convention
     )
-    batch = count(global_batch_size, "--global-batch-size")
+    batch, shown = count(global_batch_size, "--global-batch-size"), count(top, "--top", maximum=1000)
     with progress("plans priced") as tick:
         search = planner.plan(
             loaded,
@@ -152,15 +189,54 @@ def plan(
             run,
             global_batch_size=batch,
             objective=objective,
-            top=count(top, "--top", maximum=1000),
+            top=shown,
             constraints=constraints,
             sizes=sizes,
             tokens=run_tokens,
-            usd_per_gpu_hour=usd,
+            usd_per_gpu_hour=operation.usd_per_gpu_hour,
             compare=compared_plans(compare, loaded, where, run, batch, constraints.precision[0]),
             progress=tick,
         )
-    runs = [] if run_tokens is None else [budget(answer, run_tokens, usd) for answer in search.plans]
-    emit(lambda: search_dict(search, runs), lambda: search_report(search, runs), as_json, output)
+
+        def best(cluster: Cluster, training: Training, sequences: int) -> Estimate | None:
+            found = planner.plan(
+                loaded,
+                cluster,
+                training,
+                global_batch_size=sequences,
+                objective=objective,
+                top=1,
+                constraints=constraints,
+                tokens=run_tokens,
+                usd_per_gpu_hour=operation.usd_per_gpu_hour,
+                progress=tick,
+            )
+            return found.plans[0] if found.plans else None
+
+        changes = what_would_help(search.plans[0], search=best) if sensitivity and search.plans else ()
+    runs = [] if run_tokens is None else [budget(answer, run_tokens, operation=operation) for answer in search.plans]
+    if plot is not None and search.plans:
+        from simllm.report.plan_plots import plot_plans
+
+        write_file(plot, plot_plans(search.plans, picture), "--plot")
+    if report is not None:
+        from simllm.report.html import search_page
+
+        write_file(report, search_page(search, runs, changes, command_line()), "--report")
+    if trace is not None and search.plans:
+        from simllm.report.trace import trace_json
+        from simllm.training.timeline import step_timeline
+
+        write_file(trace, trace_json(search.plans[0], step_timeline(search.plans[0])), "--trace")
+    emit(
+        lambda: search_dict(search, runs, changes),
+        lambda: [
+            *search_report(search, runs),
+            *(run_report(runs[0]) if runs else []),
+            *(sensitivity_report(changes) if changes else []),
+        ],
+        as_json,
+        output,
+    )
     if not search.plans:
         raise typer.Exit(1)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from simllm.cli.options import Json, Output, Plot, count
+from simllm.cli.options import Json, Output, Overwrite, Plot, count
 from simllm.cli.output import check_output, check_plot, emit, progress, write_file
 
 __all__ = ["COMMANDS", "collectives", "runs"]
@@ -30,6 +30,7 @@ def runs(
     plot: Plot = None,
     as_json: Json = False,
     output: Output = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Predict every training run of a table and print the errors.
 
@@ -44,8 +45,8 @@ def runs(
     from simllm.report.validation import validation_report
     from simllm.validation.runs import validate_runs
 
-    check_output(output)
-    picture = check_plot(plot)
+    check_output(output, overwrite=overwrite)
+    picture = check_plot(plot, overwrite)
     with progress("runs predicted") as tick:
         report = validate_runs(file, progress=tick)
     if ablate:
@@ -87,6 +88,7 @@ def collectives(
     ] = None,
     as_json: Json = False,
     output: Output = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Predict every collective of a table and print the errors.
 
@@ -101,7 +103,7 @@ def collectives(
     from simllm.report.validation import collective_validation_report
     from simllm.validation.collectives import validate_collectives
 
-    check_output(output)
+    check_output(output, overwrite=overwrite)
     parts = None if folds is None else count(folds, "--cross-validate", maximum=1000)
     with progress("collectives priced") as tick:
         report = validate_collectives(file, cluster, progress=tick)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import RenderableType
@@ -9,7 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from simllm.parallel.memory import StageMemory
+from simllm.planner.binding import resources
 from simllm.planner.reasons import CAUSES, limits
+from simllm.planner.sensitivity import Change
 from simllm.report.text import facts, heading, notes, table
 from simllm.training import Estimate
 from simllm.training.budget import Budget
@@ -54,9 +57,15 @@ _GROUPS = {
 }
 
 
-def estimate_dict(answer: Estimate, run: Budget | None = None) -> dict[str, Any]:
-    """An estimate as plain data, with the run of so many tokens where one was asked for."""
-    return answer.to_dict() | ({"training_run": run.to_dict()} if run else {})
+def estimate_dict(answer: Estimate, run: Budget | None = None, changes: Sequence[Change] = ()) -> dict[str, Any]:
+    """An estimate as plain data, with the run of so many tokens and what would help where they were asked for."""
+    document = answer.to_dict()
+    document["time"]["by_resource"] = resources(answer)
+    if run is not None:
+        document["training_run"] = run.to_dict()
+    if changes:
+        document["sensitivity"] = [change.to_dict() for change in changes]
+    return document
 
 
 def question(answer: Estimate) -> Text:

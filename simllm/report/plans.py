@@ -10,6 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from simllm.planner import PlanSearch
+from simllm.planner.binding import resources
+from simllm.planner.reasons import difference
+from simllm.planner.sensitivity import Change
 from simllm.report.estimates import breakdown, budget_line, kinds_table, memory_line, plan_line, question, step_line
 from simllm.report.searches import changes, compared, fixes, front
 from simllm.report.text import facts, heading, notes, table
@@ -19,9 +22,15 @@ from simllm.units import format_bytes, format_duration
 __all__ = ["search_dict", "search_report"]
 
 
-def search_dict(search: PlanSearch, runs: Sequence[Budget] = ()) -> dict[str, Any]:
-    """A search as plain data; ``runs`` are those of its plans, where tokens were given."""
+def search_dict(search: PlanSearch, runs: Sequence[Budget] = (), changes: Sequence[Change] = ()) -> dict[str, Any]:
+    """A search as plain data; ``runs`` are those of its plans, ``changes`` what would help the first of them."""
     document = search.to_dict()
+    for entry, answer in zip(document["plans"], search.plans, strict=True):
+        entry["time"]["by_resource"] = resources(answer)
+        if answer is not search.plans[0]:
+            entry["against_first_s"] = difference(search.plans[0], answer)
+    if changes:
+        document["sensitivity"] = [change.to_dict() for change in changes]
     for entry, run in zip(document["plans"], runs, strict=False):
         entry["training_run"] = run.to_dict()
     return document

@@ -19,9 +19,7 @@ def export(
     file: Annotated[
         str, typer.Argument(metavar="PLAN.json", help="The JSON of simllm plan or simllm estimate; - reads it.")
     ],
-    to: Annotated[
-        str, typer.Option("--to", metavar="NAME", help="megatron, deepspeed, torchtitan or accelerate.")
-    ],
+    to: Annotated[str, typer.Option("--to", metavar="NAME", help="megatron, deepspeed, torchtitan or accelerate.")],
     number: Annotated[str, typer.Option("--plan", metavar="K", help="Which plan of a search, the best being 1.")] = "1",
     model: Annotated[
         str | None,
@@ -48,9 +46,7 @@ def export(
 
     check_output(output)
     document = _read(file)
-    job = exports.Job.from_document(
-        document, count(number, "--plan"), None if model is None else load_model(model)
-    )
+    job = exports.Job.from_document(document, count(number, "--plan"), None if model is None else load_model(model))
     exported = exports.export(job, to)
     if as_json:
         emit(exported.to_dict, tuple, True, output)

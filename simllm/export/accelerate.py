@@ -70,15 +70,19 @@ def write(job: Job) -> Exported:
     if plan.zero != "0":
         document["fsdp_config"] = {
             "fsdp_version": 1 if first else 2,
-            "fsdp_reshard_after_forward": _STRATEGIES[plan.zero] if first else plan.zero != "2",
+            **(
+                {"fsdp_sharding_strategy": _STRATEGIES[plan.zero]}
+                if first
+                else {"fsdp_reshard_after_forward": plan.zero != "2"}
+            ),
             "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
             "fsdp_activation_checkpointing": checkpointed,
         }
         if not first:
-            shard = plan.hsdp_shard // plan.cp if plan.zero == "hsdp" else plan.dp
+            replicas = job.hsdp_groups(_NAME) if plan.zero == "hsdp" else 1
             document["parallelism_config"] = {
-                "parallelism_config_dp_replicate_size": plan.dp // shard,
-                "parallelism_config_dp_shard_size": shard,
+                "parallelism_config_dp_replicate_size": replicas,
+                "parallelism_config_dp_shard_size": plan.dp // replicas,
                 "parallelism_config_tp_size": plan.tp,
                 "parallelism_config_cp_size": plan.cp,
                 **({"parallelism_config_cp_comm_strategy": "alltoall"} if plan.cp > 1 else {}),
@@ -114,11 +118,10 @@ def _check(job: Job) -> None:
         refuse(_NAME, f"zero={plan.zero} with dp x cp = 1", "there is nothing to shard over; use zero=0")
     if training.software.name in _FSDP1 and plan.tp * plan.cp > 1:
         refuse(_NAME, f"tp={plan.tp} cp={plan.cp} under FSDP 1", "both go with FSDP 2; plan with --stack torchtitan")
-    if plan.zero == "hsdp":
-        if training.software.name in _FSDP1 and plan.hsdp_shard != job.gpus_per_node:
-            refuse(_NAME, f"hsdp_shard={plan.hsdp_shard} under FSDP 1", f"its groups are nodes of {job.gpus_per_node}")
-        if plan.hsdp_shard % plan.cp or plan.hsdp_shard == job.shards:
-            refuse(_NAME, f"hsdp_shard={plan.hsdp_shard} of {job.shards} ranks", "use a share of them, or zero=3")
+    if plan.zero == "hsdp" and plan.hsdp_shard == plan.cp > 1:
+        refuse(_NAME, f"hsdp_shard={plan.hsdp_shard} with cp={plan.cp}", "it needs dp_shard_size above 1 beside cp")
+    if plan.zero == "hsdp" and training.software.name in _FSDP1 and plan.hsdp_shard != job.gpus_per_node:
+        refuse(_NAME, f"hsdp_shard={plan.hsdp_shard} under FSDP 1", f"its groups are nodes of {job.gpus_per_node}")
 
 
 def _distributed_type(job: Job) -> str:
@@ -292,8 +295,10 @@ def _read_sharding(
     replicas, shard = size["dp_replicate"] or 1, size["dp_shard"]
     if kind != "FSDP":
         return {"zero": "0"} | ({"dp": world} if world else {})
-    again = flat.get("fsdp_config.fsdp_reshard_after_forward", flat.get("fsdp_config.fsdp_sharding_strategy"))
-    stage = _stage(True if again is None else again, version)
+    key = "fsdp_sharding_strategy" if version == 1 else "fsdp_reshard_after_forward"
+    if version == 1 and f"fsdp_config.{key}" not in flat:
+        key = "fsdp_reshard_after_forward"
+    stage = _stage(flat.get(f"fsdp_config.{key}", True), key, version)
     cp = size["cp"] or 1
     if stage == "hsdp":
         nodes = _whole(flat, "num_machines") or 1
@@ -312,11 +317,18 @@ def _read_sharding(
     return settings
 
 
-def _stage(again: Any, version: int) -> str:
+def _stage(again: Any, key: str, version: int) -> str:
     words = {"1": "FULL_SHARD", "2": "SHARD_GRAD_OP", "3": "NO_SHARD", "4": "HYBRID_SHARD", "5": "HYBRID_SHARD_ZERO2"}
-    stages = {"TRUE": "3", "FALSE": "2", "FULL_SHARD": "3", "SHARD_GRAD_OP": "2", "NO_SHARD": "0", "HYBRID_SHARD": "hsdp"}
+    stages = {
+        "TRUE": "3",
+        "FALSE": "2",
+        "FULL_SHARD": "3",
+        "SHARD_GRAD_OP": "2",
+        "NO_SHARD": "0",
+        "HYBRID_SHARD": "hsdp",
+    }
     word = words.get(str(again), str(again).upper())
     if word not in stages or (version == 2 and word not in ("TRUE", "FALSE")):
         known = ("true", "false") if version == 2 else ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD")
-        raise unknown_name("fsdp_reshard_after_forward", str(again), known)
+        raise unknown_name(key, str(again), known)
     return stages[word]

@@ -276,7 +276,9 @@ def _read_batch(flat: Mapping[str, Any], dp: int | None) -> dict[str, int]:
     steps = _whole(flat, "gradient_accumulation_steps")
     if batch and steps and not micro and dp:
         if batch % (dp * steps):
-            raise InputError(f"train_batch_size={batch} is no multiple of gradient_accumulation_steps={steps} x dp={dp}")
+            raise InputError(
+                f"train_batch_size={batch} is no multiple of gradient_accumulation_steps={steps} x dp={dp}"
+            )
         micro = batch // (dp * steps)
     if micro and not batch and dp:
         batch = micro * (steps or 1) * dp

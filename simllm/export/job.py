@@ -174,18 +174,14 @@ class Job:
         try:
             answer = msgspec.convert(document, _Answer)
         except msgspec.ValidationError as error:
-            raise InputError(
-                f"not the JSON of simllm estimate or simllm plan: {error}; write it with --json"
-            ) from None
+            raise InputError(f"not the JSON of simllm estimate or simllm plan: {error}; write it with --json") from None
         setup = answer.setup
         if model is None and setup.model is None:
             raise InputError(f"the document does not hold the config of {answer.model}; give --model")
         if model is None:
             part = setup.model
             assert part is not None
-            model = Model.from_config(
-                part.config, answer.model, mtp=part.mtp, vocab_multiple=part.vocab_multiple
-            )
+            model = Model.from_config(part.config, answer.model, mtp=part.mtp, vocab_multiple=part.vocab_multiple)
         return cls(
             model=model,
             plan=replace(plan_from_dict(answer.plan), hsdp_shard=setup.hsdp_shard),
@@ -216,6 +212,17 @@ class Job:
     def shards(self) -> int:
         """Ranks that data and context parallelism can shard states over."""
         return self.plan.dp * self.plan.cp
+
+    def hsdp_groups(self, framework: str) -> int:
+        """Replicas of the groups that hybrid sharding shards inside, whole context-parallel groups each."""
+        shard = self.plan.hsdp_shard
+        if shard == self.shards:
+            refuse(framework, f"hsdp_shard={shard} of {self.shards} ranks", "that is one group; use zero=3")
+        if shard == 1:
+            refuse(framework, "hsdp_shard=1", "groups of one rank share nothing; use zero=0")
+        if shard % self.plan.cp:
+            refuse(framework, f"hsdp_shard={shard} with cp={self.plan.cp}", "its groups hold whole context groups")
+        return self.shards // shard
 
     def require_known(self, framework: str, known: Iterable[str]) -> None:
         """Refuse settings of the plan that an exporter knows nothing of, rather than drop them."""

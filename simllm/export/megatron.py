@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from simllm.errors import InputError, UnsupportedError, unknown_name
-from simllm.hardware.stack import load_stack
 from simllm.export.job import Exported, Imported, Job, refuse
 from simllm.export.megatron_keys import FLAGS, NUMBERS, RULES
 from simllm.export.megatron_model import model_arguments, model_from_arguments
+from simllm.hardware.stack import load_stack
 from simllm.parallel.plan import even_split, split_layers
 
 __all__ = ["read", "write"]
@@ -84,7 +84,7 @@ def write(job: Job) -> Exported:
         left.append("--norm-epsilon")
     notes.append(f"to be added, without effect on the cost: {', '.join(left)}")
     connections = "" if "use-megatron-fsdp" in args or plan.tp * plan.cp == 1 else "CUDA_DEVICE_MAX_CONNECTIONS=1 "
-    launch = f"{connections}{job.torchrun} pretrain_gpt.py $(cat FILE)"
+    launch = f"{connections}xargs -a FILE {job.torchrun} pretrain_gpt.py"
     return Exported(framework="megatron", text="\n".join(lines) + "\n", launch=launch, notes=tuple(notes))
 
 
@@ -198,7 +198,7 @@ def _sharding_arguments(job: Job) -> dict[str, Any]:
     strategy = "optim_grads" if plan.zero == "2" else "optim_grads_params"
     args = overlapped | {"use-megatron-fsdp": True, "data-parallel-sharding-strategy": strategy}
     if plan.zero == "hsdp":
-        args["num-distributed-optimizer-instances"] = job.shards // plan.hsdp_shard
+        args["num-distributed-optimizer-instances"] = job.hsdp_groups(_NAME)
     return args | {"no-gradient-accumulation-fusion": True, "ckpt-format": "fsdp_dtensor"}
 
 

@@ -144,16 +144,10 @@ def _data_parallel(job: Job) -> dict[str, Any]:
         return {"data_parallel_replicate_degree": plan.dp, "data_parallel_shard_degree": 1}
     if job.shards == 1:
         refuse(_NAME, f"zero={plan.zero} with dp x cp = 1", "there is nothing to shard over; use zero=0")
-    shard = plan.dp
-    if plan.zero == "hsdp":
-        if plan.hsdp_shard % plan.cp:
-            refuse(_NAME, f"hsdp_shard={plan.hsdp_shard} with cp={plan.cp}", "its groups hold whole context groups")
-        shard = plan.hsdp_shard // plan.cp
-        if shard == plan.dp:
-            refuse(_NAME, f"hsdp_shard={plan.hsdp_shard} of {job.shards} ranks", "there is one group; use zero=3")
+    replicas = job.hsdp_groups(_NAME) if plan.zero == "hsdp" else 1
     return {
-        "data_parallel_replicate_degree": plan.dp // shard,
-        "data_parallel_shard_degree": shard,
+        "data_parallel_replicate_degree": replicas,
+        "data_parallel_shard_degree": plan.dp // replicas,
         "fsdp_reshard_after_forward": "never" if plan.zero == "2" else "always",
     }
 

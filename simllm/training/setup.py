@@ -55,9 +55,11 @@ def _model_dict(model: Model) -> dict[str, Any] | None:
     """The config that the model comes from, or None where it was made or changed by other means."""
     if model.config is None:
         return None
-    options = {"mtp": bool(model.spec.multi_token_prediction), "vocab_multiple": model.spec.vocab_multiple}
-    read = Model.from_config(model.config, model.name, **options)
-    return {"config": dict(model.config), **options} if same_model(read.spec, model.spec) else None
+    mtp, multiple = bool(model.spec.multi_token_prediction), model.spec.vocab_multiple
+    read = Model.from_config(model.config, model.name, mtp=mtp, vocab_multiple=multiple)
+    if not same_model(read.spec, model.spec):
+        return None
+    return {"config": dict(model.config), "mtp": mtp, "vocab_multiple": multiple}
 
 
 def plan_from_dict(data: Mapping[str, Any]) -> Plan:

@@ -134,7 +134,8 @@ def estimate(
     from simllm.training.budget import budget
 
     if from_file is not None:
-        return estimate(ctx, **with_file(ctx, from_file))
+        estimate(ctx, **with_file(ctx, from_file))
+        return
     check_output(output)
     picture = check_plot(plot)
     run_tokens, usd = optional_tokens(tokens), optional_price(price)

@@ -21,6 +21,10 @@ MODELS = ("llama-3-8b", "llama-3.1-405b", "qwen3-8b", "qwen3-30b-a3b", "deepseek
 #: What each framework can say, so that most of the plans drawn can be exported to it.
 RANGES: dict[str, dict[str, Any]] = {
     "megatron": {
+        "cp": (1, 1, 2),
+        "models": MODELS,
+        "sequence": (True, False),
+        "recompute": ("none", "selective", "full", "every:2", "every:4", "list:mixer_norm,mlp_norm"),
         "pp": (1, 2, 3, 4, 8),
         "vpp": (1, 2, 3),
         "zero": ("0", "1", "2", "3", "hsdp"),
@@ -30,6 +34,10 @@ RANGES: dict[str, dict[str, Any]] = {
         "stack": ("megatron-core",),
     },
     "deepspeed": {
+        "cp": (1,),
+        "models": MODELS[:3],
+        "sequence": (False,),
+        "recompute": ("none", "selective", "full", "every:2"),
         "pp": (1,),
         "vpp": (1,),
         "zero": ("0", "1", "2", "3"),
@@ -39,6 +47,10 @@ RANGES: dict[str, dict[str, Any]] = {
         "stack": ("megatron-deepspeed",),
     },
     "torchtitan": {
+        "cp": (1, 1, 2),
+        "models": MODELS[:5],
+        "sequence": (True,),
+        "recompute": ("none", "full", "every:2", "every:4", "op"),
         "pp": (1, 2, 4, 8),
         "vpp": (1, 2, 3),
         "zero": ("0", "2", "3", "hsdp"),
@@ -48,6 +60,10 @@ RANGES: dict[str, dict[str, Any]] = {
         "stack": ("torchtitan", "torchtitan-eager"),
     },
     "accelerate": {
+        "cp": (1, 1, 2),
+        "models": MODELS[:3],
+        "sequence": (False,),
+        "recompute": ("none", "selective", "full", "every:2"),
         "pp": (1,),
         "vpp": (1,),
         "zero": ("0", "2", "3", "hsdp"),
@@ -70,13 +86,13 @@ def jobs(draw: st.DrawFn, framework: str) -> Job:
     """Jobs whose plans simllm accepts, of the kinds that a framework may know."""
     some = RANGES[framework]
     pick = lambda *values: draw(st.sampled_from(values))  # noqa: E731
-    chosen = model(pick(*MODELS))
+    chosen = model(pick(*some["models"]))
     moe = "experts" in chosen.parameters.by_component
     tp, pp, vpp = pick(1, 2, 4), pick(*some["pp"]), pick(*some["vpp"])
-    cp, dp = pick(1, 1, 2), pick(1, 2, 4, 8)
+    cp, dp = pick(*some["cp"]), pick(1, 2, 4, 8)
     micro = pick(1, 2)
-    ep = pick(1, 2, 4, 8) if moe else 1
-    recompute = pick("none", "selective", "full", "every:2", "every:4", "list:mixer_norm,mlp_norm", "op")
+    ep = pick(1, 1, 2, 4, 8) if moe else 1
+    recompute = pick(*some["recompute"])
     policy = second_products(chosen.graph.layers) if recompute == "op" else Recompute.parse(recompute)
     zero = pick(*some["zero"])
     shards = [n for n in range(1, dp * cp + 1) if (dp * cp) % n == 0]
@@ -98,7 +114,7 @@ def jobs(draw: st.DrawFn, framework: str) -> Job:
             dp=dp,
             zero=cast("Zero", zero),
             hsdp_shard=pick(*shards) if zero == "hsdp" else 0,
-            sequence_parallel=tp > 1 and pick(True, moe or framework in ("torchtitan",)),
+            sequence_parallel=tp > 1 and pick(*some["sequence"]),
             micro_batch_size=micro,
             global_batch_size=dp * micro * pp * pick(1, 4),
             recompute=policy,

@@ -23,7 +23,7 @@ READ = {
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 @given(data=st.data())
 def test_a_plan_comes_back_as_it_went(framework: str, data: st.DataObject) -> None:
     chosen: Job = data.draw(jobs(framework))

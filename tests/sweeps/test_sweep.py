@@ -160,7 +160,10 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path, expected: pd.DataFr
     process, output = _start(tmp_path, "--jobs", "2")
     workers = _children(process.pid)
     assert len(workers) == 2
-    process.send_signal(how)
+    if how == signal.SIGINT:
+        os.killpg(process.pid, how)  # a terminal's Ctrl-C goes to the whole group
+    else:
+        process.send_signal(how)
     out, err = process.communicate(timeout=60)
     assert process.returncode == (-signal.SIGKILL if how == signal.SIGKILL else 130)
     assert out == ""
@@ -195,7 +198,9 @@ def test_a_torn_last_line_is_answered_again(tmp_path: Path) -> None:
     stop_after(4, axes, output)
     journal = journal_path(output)
     content = journal.read_bytes()
-    journal.write_bytes(content[:-7])
+    journal.write_bytes(content[:-7] + b" " * 9999)
+    stop_after(5, axes, output, resume=True)
+    assert len(journal.read_bytes().splitlines()) == 1 + 5
     table = simllm.sweep(axes, output, jobs=1, resume=True)
     assert_frame_equal(table, simllm.sweep(axes, jobs=1))
     stop_after(4, axes, tmp_path / "b.csv")
@@ -206,7 +211,7 @@ def test_a_torn_last_line_is_answered_again(tmp_path: Path) -> None:
         simllm.sweep(axes, tmp_path / "b.csv", jobs=1, resume=True)
 
 
-def stop_after(rows: int, axes: dict[str, Any], output: Path) -> None:
+def stop_after(rows: int, axes: dict[str, Any], output: Path, resume: bool = False) -> None:
     """Leave a sweep unfinished, as Ctrl-C does."""
 
     def stop(done: int, *_: int) -> None:
@@ -214,7 +219,7 @@ def stop_after(rows: int, axes: dict[str, Any], output: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(InterruptedSweepError) as stopped:
-        simllm.sweep(axes, output, jobs=1, progress=stop)
+        simllm.sweep(axes, output, jobs=1, resume=resume, progress=stop)
     assert stopped.value.done == rows
 
 

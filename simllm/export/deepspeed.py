@@ -242,6 +242,10 @@ def read(text: str, gpus: int | None = None) -> Imported:
     flat = _flat(document)
     stack = _STACKS[0]
     notes = [*_RULES.notes(flat, stack)]
+    auto = sorted(key for key, value in flat.items() if value == "auto")
+    if auto:
+        notes.append(f"auto, for the trainer to fill in, and taken as not stated: {', '.join(auto)}")
+        flat = {key: value for key, value in flat.items() if value != "auto"}
     notes.append(f"layers, states and overlap are those of {stack}; --stack names others")
     settings: dict[str, Any] = {"stack": stack, "sequence_parallel": False}
     stage = _whole(flat, "zero_optimization.stage", 0)
@@ -262,8 +266,6 @@ def read(text: str, gpus: int | None = None) -> Imported:
 
 def _whole(flat: Mapping[str, Any], key: str, default: int | None = None) -> int | None:
     value = flat.get(key, default)
-    if value == "auto":
-        return default
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
         raise InputError(f"{key}={value!r} must be a whole number")
     return value

@@ -155,6 +155,8 @@ def _check_block(block: BlockSpec) -> None:
         refuse(_NAME, f"the mask {attention.mask}", "its decoder is causal")
     if attention.qk_norm and (not attention.qk_norm_per_head or attention.qk_norm != block.norm):
         refuse(_NAME, "this QK-norm", "its own is over a head and of the model's kind")
+    if attention.qk_norm and attention.latent:
+        refuse(_NAME, "a QK-norm beside the norms of latent attention", "one switch stands for both")
     if attention.relative_attention_num_buckets:
         refuse(_NAME, "relative positions", "not written for decoders")
     if block.mlp is None:
@@ -183,7 +185,8 @@ def _attention_arguments(attention: AttentionSpec) -> dict[str, Any]:
     args: dict[str, Any] = {}
     latent = attention.latent
     if latent is not None:
-        args["multi-latent-attention"] = True
+        # The norms of the latents, which every such model here has, go by the same switch as QK-norms.
+        args |= {"multi-latent-attention": True, "qk-layernorm": True}
         if latent.q_lora_rank is not None:
             args["q-lora-rank"] = latent.q_lora_rank
         args |= {
@@ -392,6 +395,8 @@ def _attention(
     head_dim = args.get("kv-channels") or hidden // heads
     kv_heads = args.get("num-query-groups", 1) if args.get("group-query-attention") else heads
     if args.get("multi-latent-attention"):
+        if not args.get("qk-layernorm"):
+            raise UnsupportedError("--multi-latent-attention without --qk-layernorm, its norms, is not modelled")
         latent = LatentSpec(
             kv_lora_rank=args.get("kv-lora-rank", 32),
             q_lora_rank=args.get("q-lora-rank"),
@@ -417,7 +422,7 @@ def _attention(
         sliding_window=window,
         qkv_bias=bias or bool(args.get("add-qkv-bias")),
         out_bias=bias,
-        qk_norm=norm if args.get("qk-layernorm") else None,
+        qk_norm=norm if args.get("qk-layernorm") and latent is None else None,
         sinks=softmax == "learnable",
         latent=latent,
     )

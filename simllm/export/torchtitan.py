@@ -222,6 +222,19 @@ def _checkpointing(job: Job) -> dict[str, str]:
 # -- the way back --------------------------------------------------------------------------------------------------
 
 
+#: Names of torchtitan 0.1 and what they are called in 0.2.
+_RENAMED = {
+    "training.batch_size": "training.local_batch_size",
+    "training.compile": "compile.enable",
+    "training.enable_compiled_autograd": "compile.components",
+    "float8.filter_fqns": "quantize.linear.float8.filter_fqns",
+    "float8.enable_fsdp_float8_all_gather": "quantize.linear.float8.enable_fsdp_float8_all_gather",
+    "float8.precompute_float8_dynamic_scale_for_fsdp": (
+        "quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp"
+    ),
+}
+
+
 def _flat(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in document.items():
@@ -248,6 +261,9 @@ def read(text: str, gpus: int | None = None) -> Imported:
         flat = _flat(tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"not TOML: {error}") from None
+    for key, name in _RENAMED.items():
+        if key in flat:
+            raise InputError(f"{key} is a name of torchtitan 0.1; write {name}, as 0.2 calls it")
     stack = "torchtitan" if flat.get("compile.enable") else "torchtitan-eager"
     notes = RULES.notes(flat, stack)
     for key in ("training.enable_cpu_offload", "experimental.custom_import", "fault_tolerance.enable"):
@@ -373,7 +389,8 @@ def _read_precision(flat: Mapping[str, Any]) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     if flat.get("training.dtype", "float32") == "bfloat16":
         settings["master_weights"] = False
-    converters = set(flat.get("model.converters", ()))
+    given = flat.get("model.converters", [])
+    converters = set(given.split(",") if isinstance(given, str) else given)
     names = {"quantize.linear.float8": "fp8", "float8": "fp8", "quantize.linear.mx": "mxfp8", "mx": "mxfp8"}
     for name in converters - set(names):
         raise UnsupportedError(f"the converter {name} of model.converters is not modelled; take it out of the file")

@@ -90,6 +90,7 @@ MODEL = "--num-layers 8 --hidden-size 1024 --num-attention-heads 16 --vocab-size
         (megatron.read, "--num-layers 8", ["--hidden-size", "--vocab-size"]),
         (megatron.read, "--optimizer-cpu-offload", ["host memory", "not modelled"]),
         (megatron.read, "--moe-expert-capacity-factor 1.0", ["capacity"]),
+        (megatron.read, f"{MODEL} --multi-latent-attention", ["--qk-layernorm"]),
         (megatron.read, "--cp-comm-type a2a", ["a2a", "not modelled"]),
         (megatron.read, "--recompute-granularity selective --recompute-modules mlp", ["mlp", "core_attn"]),
         (megatron.read, f"{MODEL} --pipeline-model-parallel-layout Et|tttttttL", ["1, 7"]),
@@ -114,6 +115,7 @@ MODEL = "--num-layers 8 --hidden-size 1024 --num-attention-heads 16 --vocab-size
         (deepspeed.read, '{"optimizer": {"type": "Lamb"}}', ["optimizer.type", "Lamb"]),
         (torchtitan.read, "[training", ["not TOML"]),
         (torchtitan.read, "[model]\nname = 'llama3'\nflavor = '7B'", ["llama3 7B", "did you mean"]),
+        (torchtitan.read, "[training]\nbatch_size = 2", ["torchtitan 0.1", "training.local_batch_size"]),
         (torchtitan.read, "[training]\nseq_length = 4096", ["did you mean training.seq_len"]),
         (torchtitan.read, "[training]\nenable_cpu_offload = true", ["enable_cpu_offload"]),
         (torchtitan.read, "[parallelism]\ntensor_parallel_degree = 2", ["--gpus"]),
@@ -143,6 +145,47 @@ def test_every_key_that_is_not_used_is_named() -> None:
     assert "without effect on time and memory: lr, seed" in notes
     assert "as the stack megatron-core does, whatever the file says: tp-comm-overlap" in notes
     assert "not known and taken to have no effect on time and memory: sparkle-level" in notes
+
+
+def test_what_a_trainer_fills_in_is_not_stated() -> None:
+    text = """{"bf16": {"enabled": "auto"}, "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto",
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto"}}, "zero_optimization": {"stage": 3}}"""
+    found = deepspeed.read(text)
+    assert "global_batch_size" not in found.settings
+    assert (found.settings["zero"], found.settings["optimizer"]) == ("3", "adam")
+    assert any(
+        note.startswith("auto, for the trainer") and "bf16.enabled, optimizer.params.lr" in note for note in found.notes
+    )
+
+
+def test_batches_of_deepspeed_follow_from_each_other() -> None:
+    for text in (
+        '{"train_batch_size": 64, "gradient_accumulation_steps": 4}',
+        '{"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4}',
+        '{"train_micro_batch_size_per_gpu": 2, "train_batch_size": 64}',
+    ):
+        settings = deepspeed.read(text, 8).settings
+        assert (settings["micro_batch_size"], settings["global_batch_size"]) == (2, 64)
+    with pytest.raises(InputError, match="is not train_micro_batch_size_per_gpu=2"):
+        deepspeed.read(
+            '{"train_batch_size": 64, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 8}', 8
+        )
+
+
+def test_a_configuration_of_fsdp_1_as_accelerate_writes_it() -> None:
+    text = """
+distributed_type: FSDP
+mixed_precision: 'bf16'
+num_processes: 16
+fsdp_config:
+  fsdp_activation_checkpointing: true
+  fsdp_offload_params: false
+  fsdp_sharding_strategy: SHARD_GRAD_OP
+  fsdp_use_orig_params: true
+"""
+    settings = accelerate.read(text).settings
+    expected = {"zero": "2", "dp": 16, "precision": "bf16", "recompute": "full", "stack": "fsdp1"}
+    assert {name: settings[name] for name in expected} == expected
 
 
 def test_a_script_is_read_like_a_list_of_arguments() -> None:

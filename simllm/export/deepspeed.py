@@ -62,6 +62,11 @@ def write(job: Job) -> Exported:
         refuse(_NAME, f"tp={plan.tp} with zero={plan.zero}", "its AutoTP goes with ZeRO 0, 1 and 2")
     if plan.zero == "hsdp":
         refuse(_NAME, "zero=hsdp", "MiCS, which sharded inside groups, was removed from it; use zero=3")
+    narrow = training.gradient_precision == "bf16" and plan.precision != "bf16"
+    mixed = training.gradient_precision not in (None, plan.precision) and plan.zero == "0"
+    if narrow or mixed:
+        what = f"gradient_precision={training.gradient_precision} in {plan.precision} with zero={plan.zero}"
+        refuse(_NAME, what, "without ZeRO gradients are of the parameters' precision, with it that or float32")
     document: dict[str, Any] = {
         "train_batch_size": plan.global_batch_size,
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,

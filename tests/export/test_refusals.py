@@ -25,6 +25,7 @@ NO_SP = {"tp": 2, "dp": 4}
         ("deepspeed", {"zero": "3", **NO_SP}, {}, ["tp=2", "zero=3"]),
         ("deepspeed", {"zero": "hsdp", "hsdp_shard": 4}, {}, ["MiCS"]),
         ("deepspeed", {"precision": "fp8"}, {}, ["precision=fp8", "bf16"]),
+        ("deepspeed", {"zero": "0"}, {"gradient_precision": "fp32"}, ["gradient_precision=fp32 in bf16 with zero=0"]),
         ("deepspeed", {}, {"optimizer": "adam-8bit"}, ["optimizer=adam-8bit"]),
         ("torchtitan", {"zero": "1"}, {}, ["zero=1", "zero=0, 2 or 3"]),
         ("torchtitan", {"zero": "3", **NO_SP}, {}, ["tp=2", "sequence parallel"]),

@@ -22,25 +22,6 @@ _COMPILED = ("fsdp1-compiled", "torchtitan")
 #: What FSDP 1 calls the ZeRO stages.
 _STRATEGIES = {"2": "SHARD_GRAD_OP", "3": "FULL_SHARD", "hsdp": "HYBRID_SHARD"}
 
-_KNOWN = (
-    "tp",
-    "pp",
-    "vpp",
-    "cp",
-    "ep",
-    "etp",
-    "dp",
-    "zero",
-    "hsdp_shard",
-    "sequence_parallel",
-    "micro_batch_size",
-    "global_batch_size",
-    "recompute",
-    "precision",
-    "schedule",
-    "uneven_layers",
-)
-
 
 def write(job: Job) -> Exported:
     """A plan as a configuration of ``accelerate launch``.
@@ -53,7 +34,7 @@ def write(job: Job) -> Exported:
     import yaml
 
     plan, training = job.plan, job.training
-    job.require_known(_NAME, _KNOWN)
+    job.require_known(_NAME)
     _check(job)
     first = training.software.name in _FSDP1
     document: dict[str, Any] = {

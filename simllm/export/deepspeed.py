@@ -20,25 +20,6 @@ _NAME = "DeepSpeed"
 _STACKS = ("megatron-deepspeed",)
 _OPTIMIZERS = {"adam": "AdamW", "sgd": "SGD", "sgd-momentum": "SGD", "muon": "Muon", "adafactor": "Adafactor"}
 
-_KNOWN = (
-    "tp",
-    "pp",
-    "vpp",
-    "cp",
-    "ep",
-    "etp",
-    "dp",
-    "zero",
-    "hsdp_shard",
-    "sequence_parallel",
-    "micro_batch_size",
-    "global_batch_size",
-    "recompute",
-    "precision",
-    "schedule",
-    "uneven_layers",
-)
-
 
 def write(job: Job) -> Exported:
     """A plan as a DeepSpeed configuration.
@@ -49,7 +30,7 @@ def write(job: Job) -> Exported:
         Naming what of the plan the JSON cannot express.
     """
     plan, training = job.plan, job.training
-    job.require_known(_NAME, _KNOWN)
+    job.require_known(_NAME)
     if plan.pp > 1:
         refuse(_NAME, f"pp={plan.pp}", "its stages are those of a PipelineModule in the code, not of the JSON")
     if plan.cp > 1:

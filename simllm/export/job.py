@@ -17,6 +17,27 @@ from simllm.training.setup import plan_from_dict
 __all__ = ["Elsewhere", "Exported", "Imported", "Job", "refuse"]
 
 
+#: Settings of a plan that every exporter writes or refuses.
+_SETTINGS = (
+    "tp",
+    "pp",
+    "vpp",
+    "cp",
+    "ep",
+    "etp",
+    "dp",
+    "zero",
+    "hsdp_shard",
+    "sequence_parallel",
+    "micro_batch_size",
+    "global_batch_size",
+    "recompute",
+    "precision",
+    "schedule",
+    "uneven_layers",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Elsewhere:
     """A setting of the plan that a framework does not keep in its file.
@@ -224,10 +245,10 @@ class Job:
             refuse(framework, f"hsdp_shard={shard} with cp={self.plan.cp}", "its groups hold whole context groups")
         return self.shards // shard
 
-    def require_known(self, framework: str, known: Iterable[str]) -> None:
+    def require_known(self, framework: str, known: Iterable[str] = _SETTINGS) -> None:
         """Refuse settings of the plan that an exporter knows nothing of, rather than drop them."""
         default = Plan()
-        for name in {item.name for item in fields(Plan)} - set(known):
+        for name in sorted({item.name for item in fields(Plan)} - set(known)):
             value = getattr(self.plan, name)
             if value != getattr(default, name):
                 refuse(framework, f"{name}={value}", "has no counterpart there")

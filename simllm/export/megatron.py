@@ -47,7 +47,7 @@ def write(job: Job) -> Exported:
         Naming what of the plan or model Megatron-LM has no argument for.
     """
     plan, training = job.plan, job.training
-    job.require_known(_NAME, _KNOWN)
+    job.require_known(_NAME)
     if plan.schedule not in ("1f1b", "interleaved"):
         refuse(_NAME, f"schedule={plan.schedule}", "it runs 1F1B, interleaved with virtual stages")
     if plan.cp > 1 and training.seq_len % (2 * plan.cp):
@@ -86,26 +86,6 @@ def write(job: Job) -> Exported:
     connections = "" if "use-megatron-fsdp" in args or plan.tp * plan.cp == 1 else "CUDA_DEVICE_MAX_CONNECTIONS=1 "
     launch = f"{connections}xargs -a FILE {job.torchrun} pretrain_gpt.py"
     return Exported(framework="megatron", text="\n".join(lines) + "\n", launch=launch, notes=tuple(notes))
-
-
-_KNOWN = (
-    "tp",
-    "pp",
-    "vpp",
-    "cp",
-    "ep",
-    "etp",
-    "dp",
-    "zero",
-    "hsdp_shard",
-    "sequence_parallel",
-    "micro_batch_size",
-    "global_batch_size",
-    "recompute",
-    "precision",
-    "schedule",
-    "uneven_layers",
-)
 
 
 def _quoted(value: Any) -> str:

@@ -27,25 +27,6 @@ _NAME = "torchtitan"
 _STACKS = ("torchtitan", "torchtitan-eager")
 _SCHEDULES = {"1f1b": "1F1B", "gpipe": "GPipe", "interleaved": "Interleaved1F1B"}
 
-_KNOWN = (
-    "tp",
-    "pp",
-    "vpp",
-    "cp",
-    "ep",
-    "etp",
-    "dp",
-    "zero",
-    "hsdp_shard",
-    "sequence_parallel",
-    "micro_batch_size",
-    "global_batch_size",
-    "recompute",
-    "precision",
-    "schedule",
-    "uneven_layers",
-)
-
 
 @cache
 def flavors() -> dict[tuple[str, str], tuple[Model, bool]]:
@@ -71,7 +52,7 @@ def write(job: Job) -> Exported:
         Naming what of the plan or model torchtitan does not have.
     """
     plan, training = job.plan, job.training
-    job.require_known(_NAME, _KNOWN)
+    job.require_known(_NAME)
     found = [(key, pipeline) for key, (model, pipeline) in flavors().items() if same_model(model.spec, job.model.spec)]
     if not found:
         names = ", ".join(f"{name} {flavor}" for name, flavor in flavors())

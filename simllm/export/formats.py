@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from simllm.errors import InputError, unknown_name
-from simllm.export import accelerate, deepspeed, megatron, torchtitan
+from simllm.export import accelerate, deepspeed, megatron, megatron_reading, torchtitan, torchtitan_reading
 from simllm.export.job import Exported, Imported, Job
 from simllm.training import Estimate
 
@@ -20,12 +20,12 @@ _WRITERS: Mapping[str, Callable[[Job], Exported]] = {
 }
 _READERS: Mapping[str, Callable[[str, int | None], Imported]] = {
     ".json": deepspeed.read,
-    ".toml": torchtitan.read,
+    ".toml": torchtitan_reading.read,
     ".yaml": accelerate.read,
     ".yml": accelerate.read,
-    ".txt": megatron.read,
-    ".args": megatron.read,
-    ".sh": megatron.read,
+    ".txt": megatron_reading.read,
+    ".args": megatron_reading.read,
+    ".sh": megatron_reading.read,
 }
 
 FRAMEWORKS = tuple(_WRITERS)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from simllm.errors import InputError, UnsupportedError
-from simllm.export import Imported, accelerate, deepspeed, export, megatron, read_settings, torchtitan
+from simllm.export import Imported, accelerate, deepspeed, export, megatron_reading, read_settings, torchtitan_reading
 from tests.export.jobs import job
 
 NO_SP = {"tp": 2, "dp": 4}
@@ -79,26 +79,26 @@ MODEL = "--num-layers 8 --hidden-size 1024 --num-attention-heads 16 --vocab-size
 @pytest.mark.parametrize(
     ("read", "text", "words"),
     [
-        (megatron.read, "", ["no argument"]),
-        (megatron.read, "--tensor-model-paralel-size 8", ["did you mean tensor-model-parallel-size"]),
-        (megatron.read, "--tensor-model-parallel-size", ["--tensor-model-parallel-size has no value"]),
-        (megatron.read, "--tensor-model-parallel-size two", ["two is not a number"]),
-        (megatron.read, "--tensor-model-parallel-size -2", ["must be above zero"]),
-        (megatron.read, "--tensor-model-parallel-size $TP", ["variable of a script"]),
-        (megatron.read, "--bf16 true", ["switch", "true"]),
-        (megatron.read, "--bf16 --fp16", ["contradict"]),
-        (megatron.read, "tensor-model-parallel-size 8", ["begin with --"]),
-        (megatron.read, "--num-layers 8", ["--hidden-size", "--vocab-size"]),
-        (megatron.read, "--optimizer-cpu-offload", ["host memory", "not modelled"]),
-        (megatron.read, "--moe-expert-capacity-factor 1.0", ["capacity"]),
-        (megatron.read, f"{MODEL} --multi-latent-attention", ["--qk-layernorm"]),
-        (megatron.read, "--cp-comm-type a2a", ["a2a", "not modelled"]),
-        (megatron.read, "--recompute-granularity selective --recompute-modules mlp", ["mlp", "core_attn"]),
-        (megatron.read, f"{MODEL} --pipeline-model-parallel-layout Et|tttttttL", ["1, 7"]),
-        (megatron.read, f"{MODEL} --moe-layer-freq ([1]*9) --num-experts 4", ["9 layers"]),
-        (megatron.read, f"{MODEL} --moe-layer-freq __import__('os') --num-experts 4", ["not understood"]),
+        (megatron_reading.read, "", ["no argument"]),
+        (megatron_reading.read, "--tensor-model-paralel-size 8", ["did you mean tensor-model-parallel-size"]),
+        (megatron_reading.read, "--tensor-model-parallel-size", ["--tensor-model-parallel-size has no value"]),
+        (megatron_reading.read, "--tensor-model-parallel-size two", ["two is not a number"]),
+        (megatron_reading.read, "--tensor-model-parallel-size -2", ["must be above zero"]),
+        (megatron_reading.read, "--tensor-model-parallel-size $TP", ["variable of a script"]),
+        (megatron_reading.read, "--bf16 true", ["switch", "true"]),
+        (megatron_reading.read, "--bf16 --fp16", ["contradict"]),
+        (megatron_reading.read, "tensor-model-parallel-size 8", ["begin with --"]),
+        (megatron_reading.read, "--num-layers 8", ["--hidden-size", "--vocab-size"]),
+        (megatron_reading.read, "--optimizer-cpu-offload", ["host memory", "not modelled"]),
+        (megatron_reading.read, "--moe-expert-capacity-factor 1.0", ["capacity"]),
+        (megatron_reading.read, f"{MODEL} --multi-latent-attention", ["--qk-layernorm"]),
+        (megatron_reading.read, "--cp-comm-type a2a", ["a2a", "not modelled"]),
+        (megatron_reading.read, "--recompute-granularity selective --recompute-modules mlp", ["mlp", "core_attn"]),
+        (megatron_reading.read, f"{MODEL} --pipeline-model-parallel-layout Et|tttttttL", ["1, 7"]),
+        (megatron_reading.read, f"{MODEL} --moe-layer-freq ([1]*9) --num-experts 4", ["9 layers"]),
+        (megatron_reading.read, f"{MODEL} --moe-layer-freq __import__('os') --num-experts 4", ["not understood"]),
         (
-            megatron.read,
+            megatron_reading.read,
             "--use-megatron-fsdp --num-distributed-optimizer-instances 2 "
             "--data-parallel-sharding-strategy optim_grads_params",
             ["--gpus"],
@@ -114,12 +114,12 @@ MODEL = "--num-layers 8 --hidden-size 1024 --num-attention-heads 16 --vocab-size
         (deepspeed.read, '{"bf16": {"enabled": true}, "fp16": {"enabled": true}}', ["both enabled"]),
         (deepspeed.read, '{"sequence_parallel_size": 4}', ["Ulysses"]),
         (deepspeed.read, '{"optimizer": {"type": "Lamb"}}', ["optimizer.type", "Lamb"]),
-        (torchtitan.read, "[training", ["not TOML"]),
-        (torchtitan.read, "[model]\nname = 'llama3'\nflavor = '7B'", ["llama3 7B", "did you mean"]),
-        (torchtitan.read, "[training]\nbatch_size = 2", ["torchtitan 0.1", "training.local_batch_size"]),
-        (torchtitan.read, "[training]\nseq_length = 4096", ["did you mean training.seq_len"]),
-        (torchtitan.read, "[training]\nenable_cpu_offload = true", ["enable_cpu_offload"]),
-        (torchtitan.read, "[parallelism]\ntensor_parallel_degree = 2", ["--gpus"]),
+        (torchtitan_reading.read, "[training", ["not TOML"]),
+        (torchtitan_reading.read, "[model]\nname = 'llama3'\nflavor = '7B'", ["llama3 7B", "did you mean"]),
+        (torchtitan_reading.read, "[training]\nbatch_size = 2", ["torchtitan 0.1", "training.local_batch_size"]),
+        (torchtitan_reading.read, "[training]\nseq_length = 4096", ["did you mean training.seq_len"]),
+        (torchtitan_reading.read, "[training]\nenable_cpu_offload = true", ["enable_cpu_offload"]),
+        (torchtitan_reading.read, "[parallelism]\ntensor_parallel_degree = 2", ["--gpus"]),
         (accelerate.read, "a: [", ["not YAML"]),
         (accelerate.read, "3", ["one mapping"]),
         (accelerate.read, "distributed_type: DEEPSPEED", ["DEEPSPEED", "FSDP"]),
@@ -142,7 +142,7 @@ def test_files_that_cannot_be_understood(
 
 
 def test_every_key_that_is_not_used_is_named() -> None:
-    notes = "\n".join(megatron.read("--bf16 --lr 1e-4 --seed 1 --tp-comm-overlap --sparkle-level 3").notes)
+    notes = "\n".join(megatron_reading.read("--bf16 --lr 1e-4 --seed 1 --tp-comm-overlap --sparkle-level 3").notes)
     assert "without effect on time and memory: lr, seed" in notes
     assert "as the stack megatron-core does, whatever the file says: tp-comm-overlap" in notes
     assert "not known and taken to have no effect on time and memory: sparkle-level" in notes
@@ -194,7 +194,7 @@ def test_a_script_is_read_like_a_list_of_arguments() -> None:
         "#!/bin/bash\n# eight ranks\ntorchrun --nproc-per-node 8 pretrain_gpt.py \\\n"
         "  --tensor-model-parallel-size=4 \\\n  --bf16 --micro-batch-size 2 --global-batch-size 32"
     )
-    settings = megatron.read(script).settings
+    settings = megatron_reading.read(script).settings
     assert (settings["tp"], settings["micro_batch_size"], settings["precision"]) == (4, 2, "bf16")
 
 
@@ -214,7 +214,7 @@ def test_a_script_is_read_like_a_list_of_arguments() -> None:
     ],
 )
 def test_other_words_for_the_same(arguments: str, expected: dict[str, Any]) -> None:
-    settings = megatron.read(f"{MODEL} {arguments}").settings
+    settings = megatron_reading.read(f"{MODEL} {arguments}").settings
     assert {name: settings[name] for name in expected} == expected
 
 

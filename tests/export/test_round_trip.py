@@ -9,15 +9,24 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from simllm.errors import UnsupportedError
-from simllm.export import FRAMEWORKS, Job, accelerate, deepspeed, export, megatron, torchtitan
+from simllm.export import (
+    FRAMEWORKS,
+    Job,
+    accelerate,
+    deepspeed,
+    export,
+    megatron_reading,
+    torchtitan,
+    torchtitan_reading,
+)
 from simllm.models.catalog import catalog_names
 from simllm.training.setup import same_model
 from tests.export.jobs import job, jobs, meaning, model, plan_of, settings_of
 
 READ = {
-    "megatron": megatron.read,
+    "megatron": megatron_reading.read,
     "deepspeed": deepspeed.read,
-    "torchtitan": torchtitan.read,
+    "torchtitan": torchtitan_reading.read,
     "accelerate": accelerate.read,
 }
 
@@ -55,7 +64,7 @@ def test_models_of_the_catalog_come_back_from_megatrons_arguments() -> None:
             outcome["refused"] += 1
             continue
         outcome["expressed"] += 1
-        imported = megatron.read(exported.text)
+        imported = megatron_reading.read(exported.text)
         assert imported.model is not None
         assert same_model(imported.model.spec, model(name).spec), name
         assert imported.model.parameters.total == model(name).parameters.total
@@ -68,7 +77,7 @@ def test_models_of_torchtitan_come_back_by_name(name: str, flavor: str) -> None:
     chosen = job("llama-3-8b", zero="3", training={"stack": "torchtitan"})
     exported = export(Job(model=loaded, plan=chosen.plan, training=chosen.training, gpus_per_node=8), "torchtitan")
     assert f'name = "{name}"\nflavor = "{flavor}"' in exported.text
-    found = torchtitan.read(exported.text).model
+    found = torchtitan_reading.read(exported.text).model
     assert found is not None
     assert same_model(found.spec, loaded.spec)
     assert pipelines is (name != "qwen3")

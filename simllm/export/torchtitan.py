@@ -64,6 +64,8 @@ def write(job: Job) -> Exported:
         refuse(_NAME, f"seq_len={training.seq_len}", f"it needs a multiple of tp x 2 cp = {divisor}")
     if plan.etp not in (1, plan.tp):
         refuse(_NAME, f"etp={plan.etp} with tp={plan.tp}", "experts are split like the dense layers or not at all")
+    if plan.ep == 1 and plan.etp != plan.tp and "experts" in job.model.parameters.by_component:
+        refuse(_NAME, f"etp={plan.etp} with tp={plan.tp} and ep=1", "experts are then split like the dense layers")
     if training.optimizer != "adam":
         refuse(_NAME, f"optimizer={training.optimizer}", "it has Adam and AdamW")
     if training.gradient_precision == "bf16" and training.master_weights is not False:

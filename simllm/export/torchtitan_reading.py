@@ -83,6 +83,9 @@ def read(text: str, gpus: int | None = None) -> Imported:
             ("etp", "expert_tensor_parallel_degree"),
         )
     }
+    if degrees["ep"] == 1:
+        # Without expert parallelism experts are split like the dense layers, whatever the file says.
+        degrees["etp"] = degrees["tp"] if model is not None and "experts" in model.parameters.by_component else 1
     settings: dict[str, Any] = {"stack": stack, "sequence_parallel": degrees["tp"] > 1, **degrees}
     settings["seq_len"] = _whole(flat, "training.seq_len", 2048)
     settings |= _read_sharding(flat, degrees, gpus)

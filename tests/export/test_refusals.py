@@ -58,6 +58,16 @@ def test_what_a_framework_cannot_run(
         assert word in str(caught.value)
 
 
+def test_experts_of_torchtitan_follow_tp_without_ep() -> None:
+    plan = {"zero": "3", "tp": 2, "dp": 4, "sequence_parallel": True}
+    with pytest.raises(UnsupportedError, match="etp=1 with tp=2 and ep=1"):
+        export(job("deepseek-v3", **plan), "torchtitan")
+    text = export(job("deepseek-v3", etp=2, **plan), "torchtitan").text
+    assert torchtitan_reading.read(text).settings["etp"] == 2
+    silent = text.replace("expert_tensor_parallel_degree = 2\n", "")
+    assert torchtitan_reading.read(silent).settings["etp"] == 2
+
+
 def test_models_that_torchtitan_does_not_have() -> None:
     with pytest.raises(UnsupportedError, match="none of its models has this shape"):
         export(job("mixtral-8x7b", zero="3"), "torchtitan")

@@ -275,9 +275,9 @@ def _recompute(row: Row, base: str, model: Model) -> Recompute:
         row.assume(f"recompute is not stated: {usual}, as {base} does")
         return Recompute.parse(usual)
     if stated == "selective" and base.startswith("torchtitan"):
-        again = second_products(model.graph.layers)
-        row.assume(f"selective recomputation of torchtitan runs {', '.join(again.operators)} again")
-        return again
+        policy = second_products(model.graph.layers)
+        row.assume(f"selective recomputation of torchtitan runs {', '.join(policy.operators)} again")
+        return policy
     if stated == "selective" and base == "xla":
         row.assume("selective recomputation of MaxText keeps a few named tensors: taken as full")
         return Recompute.parse("full")

@@ -41,6 +41,8 @@ def write(job: Job) -> Exported:
         refuse(_NAME, f"tp={plan.tp} with sequence_parallel", "its AutoTP keeps whole sequences; plan without it")
     if plan.tp > 1 and plan.zero not in ("0", "1", "2"):
         refuse(_NAME, f"tp={plan.tp} with zero={plan.zero}", "its AutoTP goes with ZeRO 0, 1 and 2")
+    if plan.hsdp_shard and plan.zero != "hsdp":
+        refuse(_NAME, f"hsdp_shard={plan.hsdp_shard} with zero={plan.zero}", "it shards over all ranks")
     if plan.zero == "hsdp":
         refuse(_NAME, "zero=hsdp", "MiCS, which sharded inside groups, was removed from it; use zero=3")
     narrow = training.gradient_precision == "bf16" and plan.precision != "bf16"

@@ -238,7 +238,7 @@ class Job:
         """Replicas of the groups that hybrid sharding shards inside, whole context-parallel groups each."""
         shard = self.plan.hsdp_shard
         if shard == self.shards:
-            refuse(framework, f"hsdp_shard={shard} of {self.shards} ranks", "that is one group; use zero=3")
+            refuse(framework, f"hsdp_shard={shard} of {self.shards} ranks", "that is one group; shard without groups")
         if shard == 1:
             refuse(framework, "hsdp_shard=1", "groups of one rank share nothing; use zero=0")
         if shard % self.plan.cp:

@@ -167,7 +167,8 @@ def _sharding_arguments(job: Job) -> dict[str, Any]:
         return {"overlap-grad-reduce": True}
     overlapped = {"use-distributed-optimizer": True, "overlap-grad-reduce": True, "overlap-param-gather": True}
     if plan.zero == "1":
-        return overlapped
+        groups = {"num-distributed-optimizer-instances": job.hsdp_groups(_NAME)} if plan.hsdp_shard else {}
+        return overlapped | groups
     if plan.pp > 1:
         refuse(
             _NAME, f"zero={plan.zero} with pp={plan.pp}", "its FSDP goes with tensor, context and expert parallelism"

@@ -259,9 +259,10 @@ def _read_sharding(args: Mapping[str, Any], replica: int, cp: int, gpus: int | N
         again = not args.get("torch-fsdp2-no-reshard-after-forward")
         return {"zero": "3" if again else "2"}
     if not args.get("use-megatron-fsdp"):
-        if instances > 1:
-            raise UnsupportedError("--num-distributed-optimizer-instances without --use-megatron-fsdp is not modelled")
-        return {"zero": "1" if args.get("use-distributed-optimizer") else "0"}
+        if not args.get("use-distributed-optimizer"):
+            return {"zero": "0"}
+        groups = {"hsdp_shard": _group_ranks(instances, replica, cp, gpus)} if instances > 1 else {}
+        return {"zero": "1", **groups}
     strategies = {"no_shard": "0", "optim": "1", "optim_grads": "2", "optim_grads_params": "3"}
     strategy = args.get("data-parallel-sharding-strategy", "no_shard")
     if strategy not in strategies:
@@ -270,8 +271,13 @@ def _read_sharding(args: Mapping[str, Any], replica: int, cp: int, gpus: int | N
         return {"zero": strategies[strategy]}
     if strategies[strategy] != "3":
         raise UnsupportedError(f"--num-distributed-optimizer-instances {instances} with {strategy} is not modelled")
+    return {"zero": "hsdp", "hsdp_shard": _group_ranks(instances, replica, cp, gpus)}
+
+
+def _group_ranks(instances: int, replica: int, cp: int, gpus: int | None) -> int:
+    """Ranks that share the states of one of several optimizers."""
     if gpus is None:
         raise InputError("--num-distributed-optimizer-instances means groups of a number of GPUs; give --gpus")
     if gpus % (replica * instances):
         raise InputError(f"{instances} optimizer instances do not divide {gpus} GPUs over {replica} of a replica")
-    return {"zero": "hsdp", "hsdp_shard": gpus // replica * cp // instances}
+    return gpus // replica * cp // instances

@@ -91,8 +91,8 @@ class Estimate:
 
     @property
     def hsdp_shard(self) -> int:
-        """Ranks of an HSDP group, those of the scale-up domain where the plan leaves it open; 0 without HSDP."""
-        return self._step.hsdp_shard if self.plan.zero == "hsdp" else 0
+        """Ranks of an HSDP group, those of the scale-up domain where the plan leaves it open; 0 without groups."""
+        return self._step.hsdp_shard if self.plan.zero == "hsdp" else self.plan.hsdp_shard
 
     @cached_property
     def peak_flops(self) -> float:

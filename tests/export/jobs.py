@@ -113,7 +113,7 @@ def jobs(draw: st.DrawFn, framework: str) -> Job:
             etp=pick(1, tp) if moe else 1,
             dp=dp,
             zero=cast("Zero", zero),
-            hsdp_shard=pick(*shards) if zero == "hsdp" else 0,
+            hsdp_shard=pick(*shards) if zero == "hsdp" or (zero == "1" and pick(True, False)) else 0,
             sequence_parallel=tp > 1 and pick(*some["sequence"]),
             micro_batch_size=micro,
             global_batch_size=dp * micro * pp * pick(1, 4),

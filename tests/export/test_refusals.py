@@ -31,7 +31,7 @@ NO_SP = {"tp": 2, "dp": 4}
         ("torchtitan", {"zero": "3", **NO_SP}, {}, ["tp=2", "sequence parallel"]),
         ("torchtitan", {"zero": "3", "precision": "fp16"}, {}, ["precision=fp16"]),
         ("torchtitan", {"zero": "3", "recompute": "selective"}, {}, ["recompute=selective", "every:N"]),
-        ("torchtitan", {"zero": "hsdp", "hsdp_shard": 8}, {}, ["one group", "zero=3"]),
+        ("torchtitan", {"zero": "hsdp", "hsdp_shard": 8}, {}, ["one group"]),
         ("accelerate", {"zero": "1"}, {}, ["zero=1"]),
         ("accelerate", {"zero": "3", "pp": 2, "dp": 4}, {}, ["pp=2", "no pipeline"]),
         ("accelerate", {"zero": "3", **NO_SP}, {"stack": "fsdp1"}, ["FSDP 1", "--stack torchtitan"]),

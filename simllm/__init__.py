@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from simllm.network import Group, price
     from simllm.parallel import Plan
     from simllm.planner import plan
+    from simllm.sweeps import sweep
     from simllm.training import Estimate, Training, estimate
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ _HOME = {
     "estimate": "simllm.training",
     "plan": "simllm.planner",
     "price": "simllm.network",
+    "sweep": "simllm.sweeps",
 }
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "estimate",
     "plan",
     "price",
+    "sweep",
 ]
 
 

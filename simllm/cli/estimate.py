@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from simllm.cli.from_file import needed, notes_of, the_model, with_file
 from simllm.cli.options import (
     CheckpointInterval,
     ClusterName,
     FlopConvention,
-    GlobalBatchSize,
     Gpus,
     GradientPrecision,
     GridIntensity,
     Headroom,
     Json,
     MasterWeights,
-    ModelName,
+    MaybeGlobalBatchSize,
+    MaybeModelName,
     Mtbf,
     NodePower,
     OptimizerName,
@@ -37,7 +39,6 @@ from simllm.cli.options import (
     Trace,
     count,
     load_cluster,
-    load_model,
     make_training,
     optional_operation,
     optional_tokens,
@@ -52,10 +53,21 @@ __all__ = ["estimate"]
 
 
 def estimate(
-    model: ModelName,
+    ctx: typer.Context,
+    *,
+    model: MaybeModelName = None,
     cluster: ClusterName,
     gpus: Gpus,
-    global_batch_size: GlobalBatchSize,
+    global_batch_size: MaybeGlobalBatchSize = None,
+    from_file: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="FILE",
+            help="Take what is not given from a framework's file: DeepSpeed's .json, torchtitan's .toml, accelerate's "
+            ".yaml, Megatron-LM's arguments in a .txt or .sh. Options given here win.",
+        ),
+    ] = None,
     micro_batch_size: Annotated[
         str, typer.Option("--micro-batch-size", metavar="N", help="Sequences per data-parallel rank and micro-step.")
     ] = "1",
@@ -149,9 +161,11 @@ def estimate(
     """Estimate the time and memory of one plan.
 
     \b
-    Example:
+    Examples:
       simllm estimate llama-3-70b --cluster dgx-h100 --gpus 512 --tp 8 --pp 4 \\
         --global-batch-size 1024 --seq-len 8k --tokens 15T
+      simllm estimate --from megatron-args.txt --cluster dgx-h100 --gpus 512
+      simllm estimate llama-3-8b --from ds_config.json --cluster dgx-h100 --gpus 64
     """
     from simllm import training
     from simllm.models.activations import Recompute
@@ -163,6 +177,9 @@ def estimate(
     from simllm.report.sensitivities import sensitivity_report
     from simllm.training.budget import budget
 
+    if from_file is not None:
+        estimate(ctx, **with_file(ctx, from_file))
+        return
     check_output(output, overwrite=overwrite)
     picture = check_plot(plot, overwrite)
     check_output(report, "--report", overwrite, ".html")
@@ -172,7 +189,7 @@ def estimate(
         run_tokens, price, mtbf, restart, storage_bandwidth, checkpoint_interval, node_power, pue, grid_intensity
     )
     tensor, pipeline, chunks, context = count(tp, "--tp"), count(pp, "--pp"), count(vpp, "--vpp"), count(cp, "--cp")
-    loaded = load_model(model)
+    loaded = the_model(ctx, model)
     where = load_cluster(cluster, gpus)
     run = make_training(
         loaded, seq_len, stack, memory_headroom, optimizer, master_weights, gradient_precision, flop_convention
@@ -190,14 +207,14 @@ def estimate(
         hsdp_shard=0 if hsdp_shard is None else count(hsdp_shard, "--hsdp-shard"),
         sequence_parallel=tensor > 1 if sequence_parallel is None else sequence_parallel,
         micro_batch_size=count(micro_batch_size, "--micro-batch-size"),
-        global_batch_size=count(global_batch_size, "--global-batch-size"),
+        global_batch_size=count(needed(ctx, global_batch_size, "option", "--global-batch-size"), "--global-batch-size"),
         recompute=Recompute.parse(recompute),
         precision=precision,
         schedule=schedule or ("interleaved" if chunks > 1 else "1f1b"),
         uneven_layers=uneven_layers,
         offload=Offload.parse(offload),
     )
-    answer = training.estimate(loaded, where, split, run, simulate=simulate)
+    answer = replace(training.estimate(loaded, where, split, run, simulate=simulate), notes=notes_of(ctx))
     cost = None if run_tokens is None else budget(answer, run_tokens, operation=operation)
     changes = what_would_help(answer) if sensitivity else ()
     if plot is not None:

@@ -32,6 +32,8 @@ __all__ = [
     "Headroom",
     "Json",
     "MasterWeights",
+    "MaybeGlobalBatchSize",
+    "MaybeModelName",
     "ModelName",
     "Mtbf",
     "NodePower",
@@ -66,10 +68,11 @@ MOST_GPUS = 10_000_000
 #: What a sequence is cut to when nothing is said, and what stands in for a context length that a model does not state.
 _LONGEST_DEFAULT, _NO_CONTEXT = 8192, 2048
 
-ModelName = Annotated[
-    str,
-    typer.Argument(metavar="MODEL", help="A name of the catalog, a Hugging Face config.json, or a folder holding one."),
-]
+_MODEL = typer.Argument(
+    metavar="MODEL", help="A name of the catalog, a Hugging Face config.json, or a folder holding one."
+)
+ModelName = Annotated[str, _MODEL]
+MaybeModelName = Annotated[str | None, _MODEL]
 ClusterName = Annotated[
     str,
     typer.Option(
@@ -77,7 +80,9 @@ ClusterName = Annotated[
     ),
 ]
 Gpus = Annotated[str, typer.Option("--gpus", metavar="N", help="GPUs in use: at most one node, or whole nodes.")]
-GlobalBatchSize = Annotated[str, typer.Option("--global-batch-size", metavar="N", help="Sequences per optimizer step.")]
+_GLOBAL_BATCH_SIZE = typer.Option("--global-batch-size", metavar="N", help="Sequences per optimizer step.")
+GlobalBatchSize = Annotated[str, _GLOBAL_BATCH_SIZE]
+MaybeGlobalBatchSize = Annotated[str | None, _GLOBAL_BATCH_SIZE]
 SeqLen = Annotated[
     str | None,
     typer.Option(

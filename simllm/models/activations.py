@@ -7,7 +7,7 @@ The published formulas (Korthikanti 2022, arXiv:2205.05198, equations 1 to 6) fo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -15,7 +15,19 @@ from simllm.errors import InputError, unknown_name
 from simllm.models.graph import Graph, Implementation, Layout, Operator, Tensor
 from simllm.models.operators import Attention, GroupedProjection, Projection
 
-__all__ = ["Recompute", "kept_tensors", "recomputed_operators", "saved_bytes", "saved_bytes_by_operator"]
+__all__ = [
+    "Recompute",
+    "kept_tensors",
+    "recomputed_operators",
+    "saved_bytes",
+    "saved_bytes_by_operator",
+    "second_products",
+]
+
+#: torchtitan's selective checkpointing keeps the attention and every second matrix product of a layer, and runs the
+#: others and all that is pointwise again (arXiv:2410.06511, section 2.1.3). Its products are q, k, v, o, gate, up and
+#: down, of which k, o and up run again.
+_SECOND_PRODUCTS = ("mixer_norm", "k", "q_norm", "k_norm", "rope", "o", "mlp_norm", "up", "act")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +83,13 @@ class Recompute:
 
 
 NONE = Recompute()
+
+
+def second_products(graphs: Iterable[Graph]) -> Recompute:
+    """What torchtitan's selective checkpointing runs again of a model with these layers."""
+    operators = [operator for graph in graphs for operator in graph.operators]
+    present = {o.name for o in operators} | {output.name for o in operators for output in o.outputs}
+    return Recompute(kind="list", operators=tuple(name for name in _SECOND_PRODUCTS if name in present))
 
 
 def recomputed_operators(graph: Graph, policy: Recompute, impl: Implementation) -> tuple[Operator, ...]:

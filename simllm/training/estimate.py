@@ -17,6 +17,7 @@ from simllm.parallel.stages import stage_weights
 from simllm.parallel.states import StateTerm, optimizer_named, state_terms
 from simllm.training.offload import HostMemory, host_memory
 from simllm.training.run import Training
+from simllm.training.setup import setup_dict
 from simllm.training.step import Step, StepTime
 from simllm.training.traffic import GroupTraffic, communication
 from simllm.training.uncertainty import peak_memory_interval, step_time_interval
@@ -38,6 +39,8 @@ class Estimate:
         The same by cause.
     stages : tuple of StageMemory
         Peak memory of every pipeline rank.
+    notes : tuple of str
+        What whoever asked assumed; part of the assumptions.
     """
 
     model: Model
@@ -46,6 +49,7 @@ class Estimate:
     training: Training
     time: StepTime
     stages: tuple[StageMemory, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def step_time_s(self) -> float:
@@ -93,6 +97,11 @@ class Estimate:
     def _step(self) -> Step:
         return Step(self.model, self.cluster, self.plan, self.training)
 
+    @property
+    def hsdp_shard(self) -> int:
+        """Ranks of an HSDP group, those of the scale-up domain where the plan leaves it open; 0 without groups."""
+        return self._step.hsdp_shard if self.plan.zero == "hsdp" else self.plan.hsdp_shard
+
     @cached_property
     def peak_flops(self) -> float:
         """Dense peak of the plan's precision on one GPU, FLOP/s."""
@@ -135,7 +144,7 @@ class Estimate:
     @cached_property
     def assumptions(self) -> tuple[str, ...]:
         """What stands in for something not known."""
-        spec, notes = self.model.spec, list(self.model.spec.notes)
+        spec, notes = self.model.spec, [*self.notes, *self.model.spec.notes]
         notes += self._step.engine.assumptions
         if spec.architecture == "prefix-decoder":
             notes.append(f"half of each sequence ({self._step.prefix_len} tokens) is bidirectional prefix")
@@ -170,6 +179,7 @@ class Estimate:
             "cluster": self.cluster.name,
             "gpus": self.plan.num_gpus,
             "plan": plan_dict(self.plan),
+            "setup": setup_dict(self),
             "seq_len": self.training.seq_len,
             "stack": self.training.software.name,
             "step_time_s": self.step_time_s,

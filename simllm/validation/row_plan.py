@@ -10,7 +10,7 @@ from simllm.errors import InputError
 from simllm.hardware import Cluster, load_cluster, make_cluster
 from simllm.hardware.stack import Stack
 from simllm.models import Model
-from simllm.models.activations import Recompute
+from simllm.models.activations import Recompute, second_products
 from simllm.models.spec import MoESpec
 from simllm.parallel.plan import Plan, Zero, even_split
 from simllm.parallel.schedules import SCHEDULES
@@ -38,11 +38,6 @@ _USUAL_ZERO: dict[str, Zero] = {
 #: Stacks that recompute whole layers unless told otherwise: MaxText's remat_policy is "full", Paxml's and
 #: AutoModel's benchmark recipes switch checkpointing on.
 _RECOMPUTES_BY_DEFAULT = frozenset({"xla", "automodel"})
-
-#: torchtitan's selective checkpointing keeps the attention and every second matrix product of a layer, and runs the
-#: others and all that is pointwise again (arXiv:2410.06511, section 2.1.3). Its products are q, k, v, o, gate, up and
-#: down, of which k, o and up run again.
-_SELECTIVE_PER_OPERATOR = ("mixer_norm", "k", "q_norm", "k_norm", "rope", "o", "mlp_norm", "up", "act")
 
 #: What is kept under remat_policy=save_qkv_proj, the setting of NVIDIA's MaxText recipes (NVIDIA/dgxc-benchmarking
 #: maxtext/configure.sh); the last product of a layer is never run again, because no backward needs its output.
@@ -286,11 +281,9 @@ def _recompute(row: Row, base: str, model: Model) -> Recompute:
         row.assume(f"recompute is not stated: {usual}, as {base} does")
         return Recompute.parse(usual)
     if stated == "selective" and base.startswith("torchtitan"):
-        parts = {output.name for graph in model.graph.layers for op in graph.operators for output in op.outputs}
-        present = parts | set(_layer_operators(model))
-        again = tuple(name for name in _SELECTIVE_PER_OPERATOR if name in present)
-        row.assume(f"selective recomputation of torchtitan runs {', '.join(again)} again")
-        return Recompute(kind="list", operators=again)
+        policy = second_products(model.graph.layers)
+        row.assume(f"selective recomputation of torchtitan runs {', '.join(policy.operators)} again")
+        return policy
     if stated == "selective" and base == "xla":
         row.assume("selective recomputation of MaxText keeps a few named tensors: taken as full")
         return Recompute.parse("full")

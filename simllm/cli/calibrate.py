@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,7 +13,10 @@ from simllm.cli.options import Json, Plot, count
 from simllm.cli.output import check_output, check_plot, emit, progress, write_file
 from simllm.errors import InputError, unknown_name
 
-__all__ = ["COMMANDS", "collectives", "runs"]
+if TYPE_CHECKING:
+    from simllm.kernels.measurements import SkippedRow
+
+__all__ = ["COMMANDS", "collectives", "kernels", "runs"]
 
 
 def collectives(
@@ -122,4 +125,79 @@ def runs(
     emit(lambda: constants_dict(values, written), lambda: constants_report(values, written), as_json)
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {"collectives": collectives, "runs": runs}
+def kernels(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Table of kernel timings (CSV).")],
+    output: Annotated[
+        str,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="The kernel profile to write; a folder for several devices."
+        ),
+    ],
+    accelerator: Annotated[
+        str | None,
+        typer.Option(
+            "--accelerator",
+            metavar="NAME",
+            help="Where all rows ran: a device of the catalog or a YAML file. Default: what FILE says.",
+        ),
+    ] = None,
+    left_out: Annotated[
+        bool,
+        typer.Option(
+            "--left-out/--no-left-out", help="Also state errors on shapes left out of the fit (five fits more a curve)."
+        ),
+    ] = True,
+    as_json: Json = False,
+    plot: Plot = None,
+) -> None:
+    """Fit the curves of kernel profiles to measured kernels.
+
+    Curves of matmuls by precision, attention by implementation and direction, and streaming kernels by kind. A device
+    of the catalog keeps what its profile says of libraries and of figures that are not measured. The picture shows
+    fitted against measured times.
+
+    \b
+    Examples:
+      simllm calibrate kernels tests/published/kernels.csv -o profiles/ --plot residuals.png
+      simllm calibrate kernels mine.csv --accelerator my-card.yaml -o my-card-kernels.yaml
+    """
+    from simllm.hardware.accelerator import load_accelerator
+    from simllm.kernels.calibrate import fit_kernels
+    from simllm.kernels.write import kernel_yaml
+    from simllm.report.kernels import kernel_calibration_dict, kernel_calibration_report
+    from simllm.validation.kernels import NEEDED_COLUMNS
+    from simllm.validation.table import read_table
+
+    folder = os.path.isdir(output)
+    if not folder:
+        check_output(output)
+    picture = check_plot(plot)
+    device = None if accelerator is None else load_accelerator(accelerator)
+    rows = [row.cells for row in read_table(file, [name for name in NEEDED_COLUMNS if name != "gpu" or not device])]
+    with progress("devices fitted") as tick:
+        fits = fit_kernels(rows, device=device, held_out=left_out, progress=tick)
+    if not fits.profiles:
+        raise InputError(f"{file} holds no row that a curve can be fitted to; {_first_reason(fits.skipped)}")
+    if len(fits.profiles) > 1 and not folder:
+        raise InputError(f"{file} holds measurements of {', '.join(fits.profiles)}; give a folder as --output")
+    written = {name: str(Path(output) / f"{name}.yaml") if folder else output for name in fits.profiles}
+    for path in written.values():
+        check_output(path)
+    if plot is not None:
+        from simllm.report.kernel_plots import plot_kernel_calibration
+
+        write_file(plot, plot_kernel_calibration(fits, picture), "--plot")
+    for name, profile in fits.profiles.items():
+        write_file(written[name], kernel_yaml(profile, Path(written[name]).stem).encode(), "--output")
+    emit(
+        lambda: kernel_calibration_dict(fits) | {"written": written},
+        lambda: kernel_calibration_report(fits, written),
+        as_json,
+    )
+
+
+def _first_reason(skipped: Sequence[SkippedRow]) -> str:
+    return f"row {skipped[0].index + 1}: {skipped[0].reason}" if skipped else "it has no rows"
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {"collectives": collectives, "kernels": kernels, "runs": runs}

@@ -298,7 +298,7 @@ class Step:
         moments = self.moments(stage)
         parameters = dense / by_dense + expert / by_expert
         read_and_written = 2 * (moments[0] / by_dense + moments[1] / by_expert)
-        return self.engine.stream_s(parameters * self.states.update_traffic + read_and_written)
+        return self.engine.stream_s(parameters * self.states.update_traffic + read_and_written, "optimizer")
 
     def moments(self, stage: Stage) -> tuple[float, float]:
         """Bytes of optimizer moments of a stage's dense and expert weights, before sharding."""

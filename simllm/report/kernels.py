@@ -1,0 +1,144 @@
+"""Kernel timings beside predictions, and fitted kernel curves, to read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.console import RenderableType
+from rich.text import Text
+
+from simllm.kernels.calibrate import Calibration
+from simllm.kernels.schema import KernelFile, Residual
+from simllm.report.text import heading, paragraph, table
+from simllm.report.validation import reason_table, unsupported
+from simllm.validation.kernels import KernelReport
+
+__all__ = ["kernel_calibration_dict", "kernel_calibration_report", "kernel_validation_report"]
+
+_GROUPS = ("regime", "kind", "gpu", "precision", "implementation", "fitted")
+
+
+def kernel_validation_report(report: KernelReport) -> list[RenderableType]:
+    """The errors of kernels to read: of the shipped curves, and beside it with each shape left out of the fit.
+
+    Parameters
+    ----------
+    report : KernelReport
+    """
+    summary = report.summary
+    text = (
+        "Errors are |predicted - measured| / measured of the time; repeated timings of one problem count once. Only "
+        "the table by regime counts small shapes."
+    )
+    if report.has_left_out:
+        text += (
+            " Left out: predicted by curves fitted without the shape; rows that entered no fit count there as they "
+            "are, and curves of too few rows to fit without some do not count."
+        )
+    parts: list[RenderableType] = [
+        heading(
+            "Predicted against measured",
+            f"{summary['rows']} rows: {summary['ok']} priced, {summary['unsupported']} unsupported",
+        ),
+        paragraph(text),
+        Text(),
+        _scores("kernels", {"all": summary["overall"]}, _left_out(summary, "overall")),
+    ]
+    for group in _GROUPS:
+        if summary[group] and set(summary[group]) != {"-"}:
+            title = "in a fit" if group == "fitted" else f"by {group}"
+            parts += [Text(), _scores(title, summary[group], summary.get("left_out", {}).get(group))]
+    return [*parts, *unsupported(report.rows)]
+
+
+def _left_out(summary: Mapping[str, Any], group: str) -> dict[str, Any] | None:
+    return {"all": summary["left_out"][group]} if "left_out" in summary else None
+
+
+def _scores(
+    title: str, scores: Mapping[str, Mapping[str, Any]], left_out: Mapping[str, Mapping[str, Any]] | None
+) -> RenderableType:
+    keys = ("median_absolute_percentage_error", "p90_absolute_percentage_error")
+    columns = [title, "count", "mean error", "median", "p90", "bias"]
+    if left_out is not None:
+        columns += ["left out", "median left out", "p90 left out"]
+    rows = []
+    for name, found in scores.items():
+        cells = [
+            name,
+            str(found["count"]),
+            *(_percent(found[key]) for key in ("mean_absolute_percentage_error", *keys)),
+        ]
+        cells.append(_percent(found["bias"], sign=True))
+        if left_out is not None:
+            again = left_out.get(name, {"count": 0})
+            cells += [str(again["count"]), *(_percent(again.get(key)) for key in keys)]
+        rows.append(cells)
+    return table(columns, rows, left=(title,), wrap=(title,))
+
+
+def _percent(value: float | None, sign: bool = False) -> str:
+    if value is None:
+        return ""
+    return f"{value:+.1f}%" if sign else f"{value:.1f}%"
+
+
+def kernel_calibration_dict(fits: Calibration) -> dict[str, Any]:
+    """Fitted kernel profiles as plain data."""
+    import msgspec
+
+    return {
+        "profiles": {name: msgspec.to_builtins(profile) for name, profile in fits.profiles.items()},
+        "rows_fitted": len(fits.fitted_s),
+        "skipped": [{"row": row.index + 1, "reason": row.reason} for row in fits.skipped],
+    }
+
+
+def kernel_calibration_report(fits: Calibration, written: Mapping[str, str]) -> list[RenderableType]:
+    """Fitted curves with what the fits leave over.
+
+    Parameters
+    ----------
+    fits : Calibration
+    written : mapping of str to str
+        File of each device.
+    """
+    parts: list[RenderableType] = []
+    columns = ("curve", "rows", "scored", "median", "p90", "left out: median", "p90 left out")
+    for name, profile in fits.profiles.items():
+        rows = [
+            (
+                what,
+                str(found.rows),
+                str(found.scored),
+                _share(found.median),
+                _share(found.p90),
+                _share(found.held_out_median),
+                _share(found.held_out_p90),
+            )
+            for what, found in _residuals(profile)
+        ]
+        parts += [Text()] if parts else []
+        parts += [heading(name, f"written to {written[name]}"), table(columns, rows, left=columns[:1])]
+    if parts:
+        parts += [
+            Text(),
+            paragraph("Scored: rows of sizes that training runs are made of. Left out: fits in five parts."),
+        ]
+    return [*parts, *reason_table("not fitted because", (row.reason for row in fits.skipped))]
+
+
+def _residuals(profile: KernelFile) -> Iterator[tuple[str, Residual]]:
+    for precision, curve in profile.matmul.items():
+        if curve.residual:
+            yield f"{precision} matmul", curve.residual
+    for implementation, both in profile.attention.items():
+        for direction, entry in (("forward", both.forward), ("backward", both.backward)):
+            if entry is not None and entry.residual:
+                yield f"{implementation} attention {direction}", entry.residual
+    yield from profile.stream_residual.items()
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"

@@ -16,7 +16,72 @@ from simllm.errors import InputError, unknown_name
 if TYPE_CHECKING:
     from simllm.kernels.measurements import SkippedRow
 
-__all__ = ["COMMANDS", "collectives", "kernels", "runs"]
+__all__ = ["COMMANDS", "collectives", "kernels", "machine", "runs"]
+
+
+def machine(
+    ctx: typer.Context,
+    device: Annotated[
+        str | None, typer.Option("--device", metavar="NAME", help="Measure this machine: cpu or cuda (its first GPU).")
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", metavar="FILE", help="The system to write, a YAML file.")
+    ] = None,
+    ranks: Annotated[
+        str,
+        typer.Option("--ranks", metavar="N", help="Also time collectives between N local processes (of cuda: GPUs)."),
+    ] = "1",
+    threads: Annotated[
+        str | None,
+        typer.Option("--threads", metavar="N", help="Threads of a process on cpu. Default: as PyTorch chooses."),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few small shapes, once: shows that it works, no profile to rely on.")
+    ] = False,
+    as_json: Json = False,
+    plot: Plot = None,
+) -> None:
+    """Turn measurements into the figures of profiles.
+
+    With --device the machine itself is measured: matmuls, attention, streaming kernels, launches, copies, the
+    optimizer and, with --ranks, collectives. It takes minutes; raw measurements go to a file beside the output, and a
+    run that was interrupted goes on from there. The system that is written works as --cluster everywhere.
+
+    \b
+    Examples:
+      simllm calibrate --device cpu --threads 1 -o my-box.yaml
+      simllm calibrate --device cuda -o my-gpu.yaml
+      simllm estimate gpt2 --cluster my-box.yaml --gpus 1 --stack pytorch --precision fp32
+    """
+    if ctx.invoked_subcommand is not None:
+        if device is not None:
+            raise InputError(f"--device measures this machine; it does not go with `{ctx.invoked_subcommand}`")
+        return
+    if device is None or output is None:
+        what = ", ".join(COMMANDS)
+        missing = "--output" if device is not None else "a command or --device"
+        raise InputError(f"simllm calibrate needs {missing}; commands: {what}; see simllm calibrate --help")
+    from simllm.report.kernels import machine_report
+    from simllm.validation.measure.run import calibrate_machine
+
+    check_output(output)
+    picture = check_plot(plot)
+    processes = count(ranks, "--ranks", maximum=1024)
+    with progress("measurements") as tick:
+        found = calibrate_machine(
+            device,
+            Path(output),
+            threads=None if threads is None else count(threads, "--threads", maximum=4096),
+            ranks=processes,
+            quick=quick,
+            progress=tick,
+            write=lambda path, text: write_file(str(path), text.encode(), "--output"),
+        )
+    if plot is not None:
+        from simllm.report.kernel_plots import plot_kernel_calibration
+
+        write_file(plot, plot_kernel_calibration(found.machine.fits, picture), "--plot")
+    emit(found.to_dict, lambda: machine_report(found), as_json)
 
 
 def collectives(

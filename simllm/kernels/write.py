@@ -11,12 +11,12 @@ import msgspec
 from simllm.errors import InputError
 from simllm.kernels.schema import KernelFile
 
-__all__ = ["kernel_yaml", "write_profiles"]
+__all__ = ["kernel_yaml", "write_profiles", "yaml_text"]
 
 
 def kernel_yaml(profile: KernelFile, name: str | None = None) -> str:
     """A kernel profile as the text of its file; ``name`` is that of the file, if it is not the profile's."""
-    return _dump(msgspec.to_builtins(msgspec.structs.replace(profile, name=name or profile.name)))
+    return yaml_text(msgspec.to_builtins(msgspec.structs.replace(profile, name=name or profile.name)))
 
 
 def write_profiles(profiles: Mapping[str, KernelFile], folder: Path) -> list[Path]:
@@ -48,7 +48,8 @@ def write_profiles(profiles: Mapping[str, KernelFile], folder: Path) -> list[Pat
     return written
 
 
-def _dump(data: Any) -> str:
+def yaml_text(data: Any) -> str:
+    """Plain data as YAML: quantities on one line each, long texts folded."""
     import yaml
 
     class Dumper(yaml.SafeDumper):

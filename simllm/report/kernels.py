@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from rich.console import RenderableType
@@ -10,11 +10,16 @@ from rich.text import Text
 
 from simllm.kernels.calibrate import Calibration
 from simllm.kernels.schema import KernelFile, Residual
-from simllm.report.text import heading, paragraph, table
+from simllm.report.text import facts, heading, notes, paragraph, table
 from simllm.report.validation import reason_table, unsupported
+from simllm.units import format_bytes, format_duration
 from simllm.validation.kernels import KernelReport
+from simllm.validation.measure.run import Measured
 
-__all__ = ["kernel_calibration_dict", "kernel_calibration_report", "kernel_validation_report"]
+__all__ = ["kernel_calibration_dict", "kernel_calibration_report", "kernel_validation_report", "machine_report"]
+
+#: Kernels named that could not be measured; the document has all.
+_FAILED_SHOWN = 8
 
 _GROUPS = ("regime", "kind", "gpu", "precision", "implementation", "fitted")
 
@@ -105,28 +110,69 @@ def kernel_calibration_report(fits: Calibration, written: Mapping[str, str]) -> 
         File of each device.
     """
     parts: list[RenderableType] = []
-    columns = ("curve", "rows", "scored", "median", "p90", "left out: median", "p90 left out")
     for name, profile in fits.profiles.items():
-        rows = [
-            (
-                what,
-                str(found.rows),
-                str(found.scored),
-                _share(found.median),
-                _share(found.p90),
-                _share(found.held_out_median),
-                _share(found.held_out_p90),
-            )
-            for what, found in _residuals(profile)
-        ]
         parts += [Text()] if parts else []
-        parts += [heading(name, f"written to {written[name]}"), table(columns, rows, left=columns[:1])]
+        parts += [heading(name, f"written to {written[name]}"), _fit_table("curve", _residuals(profile))]
     if parts:
         parts += [
             Text(),
             paragraph("Scored: rows of sizes that training runs are made of. Left out: fits in five parts."),
         ]
     return [*parts, *reason_table("not fitted because", (row.reason for row in fits.skipped))]
+
+
+def machine_report(found: Measured) -> list[RenderableType]:
+    """A measured machine: its figures, its curves, and what the fits leave over.
+
+    Parameters
+    ----------
+    found : Measured
+    """
+    card, file = found.machine.accelerator, found.machine.kernels
+    peaks = ", ".join(f"{name} {rate / 1e12:.4g} TFLOP/s" for name, rate in card.peak_flops.items())
+    sustained = ", ".join(f"{name} {figure.si:.1%}" for name, figure in file.sustained_fraction.items())
+    parts: list[RenderableType] = [
+        heading(found.device.name, f"{found.points} kernels, {found.visits} measurements now"),
+        facts(
+            {
+                "peaks": f"{peaks} ({'of the vendor' if found.machine.known else 'from the fastest kernels'})",
+                "memory": f"{format_bytes(card.memory_bytes)}, {card.memory_bandwidth / 1e9:.4g} GB/s",
+                **({"launch": format_duration(file.launch.si)} if file.launch else {}),
+                **({"to the host": f"{card.pcie_bandwidth / 1e9:.3g} GB/s"} if card.pcie_bandwidth else {}),
+                **({"sustained": f"{sustained} of the rate of a short run"} if sustained else {}),
+            }
+        ),
+        Text(),
+        _fit_table("curve", _residuals(file)),
+    ]
+    streams = [(kind, f"{figure.si:.1%}") for kind, figure in file.stream_efficiency.items()]
+    parts += [Text(), table(("streaming kernels", "of the bandwidth"), streams, left=("streaming kernels",))]
+    for fit in found.links:
+        data = fit.to_dict()
+        errors = (
+            f"median {data['median_absolute_percentage_error']:.1f}%, p90 {data['p90_absolute_percentage_error']:.1f}%"
+        )
+        parts += [Text(), heading("link between ranks", f"{fit.points} points, {errors}, like {fit.link.name}")]
+    failed = [f"{key}: {reason}" for key, reason in found.failed.items()]
+    parts += notes("Not measured, because PyTorch said so", failed[:_FAILED_SHOWN])
+    return parts + notes("Written", [str(path) for path in found.written])
+
+
+def _fit_table(title: str, found: Iterable[tuple[str, Residual]]) -> RenderableType:
+    columns = (title, "rows", "scored", "median", "p90", "left out: median", "p90 left out")
+    rows = [
+        (
+            what,
+            str(errors.rows),
+            str(errors.scored),
+            _share(errors.median),
+            _share(errors.p90),
+            _share(errors.held_out_median),
+            _share(errors.held_out_p90),
+        )
+        for what, errors in found
+    ]
+    return table(columns, rows, left=columns[:1])
 
 
 def _residuals(profile: KernelFile) -> Iterator[tuple[str, Residual]]:

@@ -10,6 +10,7 @@ import typer
 
 from simllm.cli.options import Json, Output, Plot, count
 from simllm.cli.output import check_output, check_plot, emit, progress, write_file
+from simllm.cli.validate_device import device_steps
 
 __all__ = ["COMMANDS", "collectives", "kernels", "runs"]
 
@@ -152,4 +153,9 @@ def kernels(
     emit(report.to_dict, lambda: kernel_validation_report(report), as_json, output)
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {"runs": runs, "collectives": collectives, "kernels": kernels}
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "runs": runs,
+    "collectives": collectives,
+    "kernels": kernels,
+    "torch": device_steps,
+}

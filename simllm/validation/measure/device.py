@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from simllm.errors import InputError, unknown_name
+from simllm.errors import InputError, UnsupportedError, unknown_name
 
 __all__ = ["TorchDevice", "load_torch", "open_device"]
 
@@ -70,6 +70,11 @@ class TorchDevice:
         """PyTorch and its version."""
         return f"torch {self.torch.__version__}"
 
+    @property
+    def clock(self) -> Callable[[], float]:
+        """What time is read from: of a single thread the time it had the processor, which others use too."""
+        return time.thread_time if self.kind == "cpu" and self.units == 1 else time.perf_counter
+
     def synchronise(self) -> None:
         """Wait until the device has done everything it was given."""
         if self.kind == "cuda":
@@ -80,7 +85,7 @@ class TorchDevice:
         for _ in range(_WARM_UP[self.kind]):
             call()
         self.synchronise()
-        return self._events(call, samples) if self.kind == "cuda" else _clock(call, samples)
+        return self._events(call, samples) if self.kind == "cuda" else self._clocked(call, samples)
 
     def _events(self, call: Callable[[], object], samples: int) -> list[float]:
         torch = self.torch
@@ -96,6 +101,14 @@ class TorchDevice:
             pairs.append(pair)
         torch.cuda.synchronize()
         return [start.elapsed_time(end) * 1e-3 for start, end in pairs]
+
+    def _clocked(self, call: Callable[[], object], samples: int) -> list[float]:
+        clock, times = self.clock, []
+        for _ in range(samples):
+            start = clock()
+            call()
+            times.append(clock() - start)
+        return times
 
     def typical(self, times: list[float]) -> float:
         """What a kernel takes: the median on a GPU; on a processor, which others use too, the least."""
@@ -115,7 +128,9 @@ def open_device(kind: str, threads: int | None = None) -> TorchDevice:
     Raises
     ------
     InputError
-        There is no PyTorch or no such device.
+        There is no PyTorch or no device of such a kind.
+    UnsupportedError
+        This machine has no GPU that PyTorch could use.
     """
     if kind not in _WARM_UP:
         raise unknown_name("device", kind, tuple(_WARM_UP))
@@ -123,7 +138,9 @@ def open_device(kind: str, threads: int | None = None) -> TorchDevice:
     if kind == "cuda":
         if not torch.cuda.is_available():
             built = "this PyTorch is built without CUDA" if not torch.version.cuda else "no CUDA device is visible"
-            raise InputError(f"--device=cuda: {built} ({torch.__version__}); use --device=cpu or a machine with a GPU")
+            raise UnsupportedError(
+                f"--device=cuda: {built} ({torch.__version__}); use --device=cpu or a machine with a GPU"
+            )
         found = torch.cuda.get_device_properties(0)
         return TorchDevice(
             torch=torch,
@@ -166,12 +183,3 @@ def _keep_memory() -> None:
     if hasattr(library, "mallopt"):
         library.mallopt(_M_MMAP_MAX, 0)
         library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def _clock(call: Callable[[], object], samples: int) -> list[float]:
-    times = []
-    for _ in range(samples):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return times

@@ -22,7 +22,7 @@ from simllm.validation.table import read_table
 __all__ = ["Measured", "calibrate_machine"]
 
 #: Passes over all kernels, and calls timed in each.
-_VISITS, _SAMPLES = 5, 3
+_VISITS, _SAMPLES = 4, 2
 #: Seconds of the long run that shows the clocks it settles at, and the part of it that is looked at.
 _SUSTAINED_S, _SETTLED = 12.0, 0.25
 _TIMEOUT_S = 60.0

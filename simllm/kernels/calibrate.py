@@ -80,6 +80,7 @@ def fit_kernels(
     folder: Path | None = None,
     held_out: bool = True,
     device: Accelerator | None = None,
+    borrows: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Calibration:
     """Fit every matmul curve, attention entry and streaming efficiency that the rows show.
@@ -101,6 +102,8 @@ def fit_kernels(
         Whether to state errors on shapes left out of the fit too (one more fit for each fold).
     device : Accelerator, optional
         The device that all rows were timed on, whatever they say; it need not be in the catalog.
+    borrows : str, optional
+        Device of the catalog whose entries stand in for what the rows do not show; by its class if left out.
     progress : callable, optional
         Called with the number of devices done after each.
 
@@ -121,8 +124,8 @@ def fit_kernels(
             _Device(
                 accelerator=accelerator,
                 form=load_form(folder),
-                profile=_profile(accelerator, folder),
-                file=_own_file(accelerator, folder),
+                profile=_profile(accelerator, folder, borrows),
+                file=_own_file(accelerator, folder, borrows),
                 held_out=held_out,
                 results=results,
             ),
@@ -177,18 +180,18 @@ class _Device:
         return fitted, residual(rows, in_sample, left_out, rule)
 
 
-def _profile(accelerator: Accelerator, folder: Path) -> KernelProfile:
+def _profile(accelerator: Accelerator, folder: Path, borrows: str | None) -> KernelProfile:
     if accelerator.kernels is not None:
         return own_kernel_profile(accelerator.name, accelerator.kernels)
-    return load_kernel_profile(accelerator.name, accelerator.vendor, folder)
+    return load_kernel_profile(borrows or accelerator.name, accelerator.vendor, folder)
 
 
-def _own_file(accelerator: Accelerator, folder: Path) -> KernelFile:
+def _own_file(accelerator: Accelerator, folder: Path, borrows: str | None) -> KernelFile:
     path = accelerator.kernels or folder / f"{accelerator.name}.yaml"
     if path.is_file():
         return read_kernels(path)
-    borrows = load_kernel_profile(accelerator.name, accelerator.vendor, folder).files[0]
-    return KernelFile(kind="kernels", name=accelerator.name, borrows=borrows, note="Calibrated from measured rows.")
+    lender = load_kernel_profile(borrows or accelerator.name, accelerator.vendor, folder).files[0]
+    return KernelFile(kind="kernels", name=accelerator.name, borrows=lender, note="Calibrated from measured rows.")
 
 
 def _fit_device(

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from simllm.errors import UnsupportedError
 from simllm.models.spec import AttentionSpec, BlockSpec, MLPSpec, ModelSpec, NormSpec
@@ -178,8 +178,10 @@ class Decoder(nn.Module):
         if self.position is not None:
             x = x + self.position(places)
         tables = self._tables(places, x.dtype)
-        for block in self.blocks:
-            x = checkpoint(block, x, tables, use_reentrant=False) if self.recompute else block(x, tables)
+        # A layer runs again as a whole, which is what the policy `full` says; PyTorch would leave its last product out.
+        with set_checkpoint_early_stop(False):
+            for block in self.blocks:
+                x = checkpoint(block, x, tables, use_reentrant=False) if self.recompute else block(x, tables)
         logits = self.head(self.norm(x)).view(-1, self.head.out_features)
         return F.cross_entropy(logits.float(), labels.view(-1))
 

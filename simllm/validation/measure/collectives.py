@@ -72,7 +72,9 @@ def measure_collectives(
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
         processes = [
-            context.Process(target=_rank, args=(kind, rank, ranks, threads, store, tuple(points), timeout_s, queue))
+            context.Process(
+                target=_rank, args=(kind, rank, ranks, threads, store, tuple(points), timeout_s, queue), daemon=True
+            )
             for rank in range(ranks)
         ]
         try:

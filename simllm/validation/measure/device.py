@@ -10,15 +10,20 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from simllm.errors import InputError, UnsupportedError, unknown_name
+from simllm.units import parse_bytes
 
 __all__ = ["TorchDevice", "load_torch", "open_device"]
 
 #: glibc's numbers of what mallopt sets: when to give memory back, and how many blocks come straight from the kernel.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _WARM_UP = {"cpu": 1, "cuda": 3}
+#: How often the cache is overwritten before a call: what a step works on was last touched several kernels ago.
+_FLUSH = 4
+_CORE_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
 
 
 def load_torch() -> Any:
@@ -54,7 +59,7 @@ class TorchDevice:
         Threads of the processor, or multiprocessors of the GPU.
     memory_bytes : int
     cache_bytes : int
-        Last cache of a GPU, emptied before each timed call; 0 for a processor, whose caches stay as a step leaves them.
+        Cache that is overwritten before each timed call: the last one of a GPU, the one of a core; 0 if not known.
     """
 
     torch: Any
@@ -89,7 +94,7 @@ class TorchDevice:
 
     def _events(self, call: Callable[[], object], samples: int) -> list[float]:
         torch = self.torch
-        flush = torch.empty(2 * self.cache_bytes, dtype=torch.uint8, device="cuda")
+        flush = torch.empty(_FLUSH * self.cache_bytes, dtype=torch.uint8, device="cuda")
         pairs = []
         for _ in range(samples):
             # Overwriting the cache also lets the host get ahead: the call is queued before its start is reached.
@@ -104,7 +109,9 @@ class TorchDevice:
 
     def _clocked(self, call: Callable[[], object], samples: int) -> list[float]:
         clock, times = self.clock, []
+        flush = self.torch.empty(_FLUSH * self.cache_bytes, dtype=self.torch.uint8)
         for _ in range(samples):
+            flush.fill_(0)
             start = clock()
             call()
             times.append(clock() - start)
@@ -162,7 +169,7 @@ def open_device(kind: str, threads: int | None = None) -> TorchDevice:
         vendor=platform.machine(),
         units=used,
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        cache_bytes=0,
+        cache_bytes=_core_cache(),
     )
 
 
@@ -173,6 +180,14 @@ def _processor() -> str:
     except OSError:
         names = []
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def _core_cache() -> int:
+    """Bytes of the cache that one core has for itself."""
+    try:
+        return parse_bytes(f"{_CORE_CACHE.read_text().strip()}iB", str(_CORE_CACHE))
+    except (OSError, InputError):
+        return 0
 
 
 def _keep_memory() -> None:

@@ -59,7 +59,7 @@ def fit_machine(device: TorchDevice, rows: Sequence[Mapping[str, str]], name: st
     if copies:
         accelerator = replace(accelerator, pcie_bandwidth=max(copies))
     accelerator = replace(accelerator, name=name, kernels=None)
-    fits = fit_kernels(rows, device=accelerator)
+    fits = fit_kernels(rows, device=accelerator, borrows=known.name if known else None)
     if name not in fits.profiles:
         raise InputError("nothing that a curve can be fitted to was measured")
     file = fits.profiles[name]

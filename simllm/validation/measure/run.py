@@ -81,6 +81,7 @@ def calibrate_machine(
     quick: bool = False,
     grid: Grid | None = None,
     visits: int | None = None,
+    long_run: bool = True,
     progress: Callable[[int, int], None] | None = None,
     write: Callable[[Path, str], None],
 ) -> Measured:
@@ -104,6 +105,8 @@ def calibrate_machine(
         What to measure, instead.
     visits : int, optional
         Passes over all kernels.
+    long_run : bool
+        Whether the clocks of a long run are looked at; a quick measurement does not.
     progress : callable, optional
         Called with the measurements done and their number.
     write : callable
@@ -128,7 +131,7 @@ def calibrate_machine(
     with raw.opened():
         before = len(raw.rows)
         failed = _visit(device, raw, tasks, passes, lambda done: progress and progress(done, total))
-        if not quick:
+        if long_run and not quick:
             _run_long(device, raw)
         taken = len(raw.rows) - before
     rows = reduce_visits(raw.rows, least=kind == "cpu")

@@ -14,7 +14,7 @@ from simllm.cli.output import check_output, check_plot, emit, progress, write_fi
 from simllm.errors import InputError, unknown_name
 
 if TYPE_CHECKING:
-    from simllm.kernels.measurements import SkippedRow
+    from simllm.kernels.rows import SkippedRow
 
 __all__ = ["COMMANDS", "collectives", "kernels", "machine", "runs"]
 

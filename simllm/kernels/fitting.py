@@ -7,21 +7,44 @@ import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import msgspec
 
+from simllm.errors import InputError
 from simllm.hardware.accelerator import Accelerator
 from simllm.kernels.attention import AttentionModel, flash_attention_time
 from simllm.kernels.device import bind_attention, bind_matmul
 from simllm.kernels.matmul import matmul_time
-from simllm.kernels.measurements import AttentionRow, MatmulRow, StreamRow, harness_time
+from simllm.kernels.measurements import harness_time
+from simllm.kernels.rows import AttentionRow, MatmulRow, StreamRow
 from simllm.kernels.schema import AttentionEntry, FitParameter, FormFile, MatmulEntry, Quantity, Residual
 from simllm.units import to_si
 
-__all__ = ["attention_seconds", "fit_attention", "fit_matmul", "fit_stream", "left_out_times", "residual"]
+__all__ = [
+    "attention_seconds",
+    "fit_attention",
+    "fit_matmul",
+    "fit_stream",
+    "left_out_times",
+    "require_scipy",
+    "residual",
+]
 
 Row = TypeVar("Row", MatmulRow, AttentionRow, StreamRow)
+
+
+def require_scipy() -> None:
+    """Refuse to fit without scipy, before anything is measured or read.
+
+    Raises
+    ------
+    InputError
+        It is not installed.
+    """
+    if find_spec("scipy") is None:
+        raise InputError("a fit needs scipy; install it with: pip install 'simllm[calibrate]'")
 
 
 def fit_matmul(

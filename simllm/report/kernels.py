@@ -132,7 +132,10 @@ def machine_report(found: Measured) -> list[RenderableType]:
     peaks = ", ".join(f"{name} {rate / 1e12:.4g} TFLOP/s" for name, rate in card.peak_flops.items())
     sustained = ", ".join(f"{name} {figure.si:.1%}" for name, figure in file.sustained_fraction.items())
     parts: list[RenderableType] = [
-        heading(found.device.name, f"{found.points} kernels, {found.visits} measurements now"),
+        heading(
+            found.device.name,
+            f"{found.points} kernels, {found.visits} measurements now, which repeat within {found.spread:.0%}",
+        ),
         facts(
             {
                 "peaks": f"{peaks} ({'of the vendor' if found.machine.known else 'from the fastest kernels'})",

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from simllm.errors import InputError
 from simllm.kernels.calibrate import fit_kernels
-from simllm.kernels.measurements import AttentionRow, MatmulRow, StreamRow, parse_rows, predict
+from simllm.kernels.measurements import parse_rows, predict
+from simllm.kernels.rows import AttentionRow, MatmulRow, StreamRow
 from simllm.validation.scoring import Outcome, Score, score, score_by
 from simllm.validation.table import read_table
 

@@ -20,7 +20,15 @@ from simllm.validation.measure.streams import STACK
 if TYPE_CHECKING:
     from simllm.training import Estimate
 
-__all__ = ["StepCase", "StepComparison", "StepTiming", "compare_steps", "predict_step", "time_steps"]
+__all__ = [
+    "StepCase",
+    "StepComparison",
+    "StepTiming",
+    "compare_step",
+    "compare_steps",
+    "predict_step",
+    "time_steps",
+]
 
 #: Repeats whose steps differ by more say nothing of a prediction.
 LARGEST_SPREAD = 0.15
@@ -81,11 +89,6 @@ class StepTiming:
     def typical_s(self) -> float:
         """The median step."""
         return statistics.median(self.times_s)
-
-    @property
-    def least_s(self) -> float:
-        """The fastest step: the one that other work on the machine disturbed least."""
-        return min(self.times_s)
 
     @property
     def spread(self) -> float:
@@ -258,8 +261,8 @@ def compare_steps(
 ) -> list[StepComparison]:
     """Time cases in turn, several rounds of them, and predict each from every profile.
 
-    Turns keep a disturbance of the machine from hitting one case alone. A GPU is held against the median step; a
-    processor, which others use too, against the fastest.
+    Turns keep a disturbance of the machine from hitting one case alone. Predictions are held against the typical step,
+    see `simllm.validation.measure.device.TorchDevice.typical`.
 
     Parameters
     ----------
@@ -278,20 +281,32 @@ def compare_steps(
             found[number].append(time_steps(case, device, steps))
             if progress is not None:
                 progress(turn * len(cases) + number + 1, rounds * len(cases))
-    results = []
-    for case, timings in zip(cases, found, strict=True):
-        peaks = [timing.peak_bytes for timing in timings if timing.peak_bytes is not None]
-        joined = StepTiming(
-            times_s=tuple(seconds for timing in timings for seconds in timing.times_s),
-            peak_bytes=max(peaks) if peaks else None,
-            losses=timings[-1].losses,
-        )
-        results.append(
-            StepComparison(
-                case=case,
-                timing=joined,
-                measured_s=joined.least_s if device.kind == "cpu" else joined.typical_s,
-                predictions={name: predict_step(case, cluster) for name, cluster in clusters.items()},
-            )
-        )
-    return results
+    return [compare_step(case, timings, device, clusters) for case, timings in zip(cases, found, strict=True)]
+
+
+def compare_step(
+    case: StepCase, timings: Sequence[StepTiming], device: TorchDevice, clusters: dict[str, Cluster]
+) -> StepComparison:
+    """The rounds of one case as one, beside its predictions.
+
+    Parameters
+    ----------
+    case : StepCase
+    timings : sequence of StepTiming
+        Of each round.
+    device : TorchDevice
+    clusters : dict of str to Cluster
+        What predictions are made from, by name.
+    """
+    peaks = [timing.peak_bytes for timing in timings if timing.peak_bytes is not None]
+    joined = StepTiming(
+        times_s=tuple(seconds for timing in timings for seconds in timing.times_s),
+        peak_bytes=max(peaks) if peaks else None,
+        losses=timings[-1].losses,
+    )
+    return StepComparison(
+        case=case,
+        timing=joined,
+        measured_s=device.typical(list(joined.times_s)),
+        predictions={name: predict_step(case, cluster) for name, cluster in clusters.items()},
+    )

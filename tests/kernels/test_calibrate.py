@@ -11,8 +11,9 @@ import pytest
 
 from simllm.errors import InputError
 from simllm.kernels.calibrate import fit_kernels
-from simllm.kernels.measurements import AttentionRow, MatmulRow, parse_rows, predict
+from simllm.kernels.measurements import parse_rows, predict
 from simllm.kernels.profile import kernel_folder, load_kernel_profile
+from simllm.kernels.rows import AttentionRow, MatmulRow
 from simllm.kernels.schema import read_kernels
 from simllm.kernels.write import write_profiles
 

@@ -242,6 +242,6 @@ def test_what_is_not_there_is_said(
         assert main(["calibrate", *words]) == 2
         assert message in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(InputError, match=r"pip install 'simllm\[validate\]'"):
+    with pytest.raises(InputError, match=r"pip install 'simllm\[validate,calibrate\]'"):
         open_device("cpu")
     assert list(tmp_path.iterdir()) == []

@@ -22,7 +22,7 @@ from simllm.validation.step_timing import (
     StepCase,
     StepComparison,
     StepTiming,
-    compare_steps,
+    compare_step,
     time_steps,
 )
 
@@ -99,7 +99,7 @@ def comparison(times: tuple[float, ...], predicted: float) -> StepComparison:
     case = StepCase(model=small()["gpt"], seq_len=32, batch=2, precision="fp32")
     timing = StepTiming(times_s=times, peak_bytes=None, losses=(1.0, 1.0))
     estimated: Any = type("Estimated", (), {"step_time_s": predicted})
-    return StepComparison(case=case, timing=timing, measured_s=timing.least_s, predictions={"calibrated": estimated})
+    return StepComparison(case=case, timing=timing, measured_s=min(times), predictions={"calibrated": estimated})
 
 
 def test_steps_that_do_not_repeat_judge_nothing() -> None:
@@ -114,7 +114,7 @@ def test_steps_that_do_not_repeat_judge_nothing() -> None:
 def test_step_time_from_a_profile_of_other_shapes(tmp_path: Path) -> None:
     """This processor is calibrated, then trains models of shapes that it was not calibrated on: within 15 %.
 
-    Other work on the machine shows in the spread of the steps; a case whose steps do not repeat judges nothing.
+    Other work on the machine shows in the spread of kernels and steps; what does not repeat judges nothing.
     """
     pytest.importorskip("scipy")
     grid = replace(
@@ -127,18 +127,32 @@ def test_step_time_from_a_profile_of_other_shapes(tmp_path: Path) -> None:
         vocab=2048,
     )
     output = tmp_path / "box.yaml"
-    calibrate_machine(
-        "cpu", output, threads=1, grid=grid, visits=2, long_run=False, write=lambda path, text: path.write_text(text)
-    )
     models = (gpt(384, 6, 3, 3072), llama(448, 7, 7, 2, 3072, 1216))
     cases = [StepCase(model=model, seq_len=192, batch=3, precision="fp32") for model in models]
-    cases.append(replace(cases[0], recompute=True))
-    cluster = load_cluster(output, 1)
-    found = compare_steps(cases, open_device("cpu", 1), {"calibrated": cluster}, steps=3, rounds=2)
-    rows = [row for one in found for row in one.rows({"calibrated": 0.15}, 0.03)]
-    assert [row["case"] for row in rows if row["ok"] is False] == [], rows
-    if all(row["ok"] is None for row in rows):
-        pytest.skip("no step repeated within 15 %: the machine is busy")
+    device = open_device("cpu", 1)
+    timings: list[list[StepTiming]] = [[] for _ in cases]
+    for turn in (1, 2):  # Kernels and steps in turns: whatever else the machine does, both see it.
+        measured = calibrate_machine(
+            "cpu",
+            output,
+            threads=1,
+            grid=grid,
+            visits=turn,
+            long_run=False,
+            write=lambda path, text: path.write_text(text),
+        )
+        for case, times in zip(cases, timings, strict=True):
+            times.append(time_steps(case, device, steps=2, warm_up=1))
+    clusters = {"calibrated": load_cluster(output, 1)}
+    rows = [
+        row
+        for case, times in zip(cases, timings, strict=True)
+        for row in compare_step(case, times, device, clusters).rows({"calibrated": 0.15}, 0.03)
+    ]
+    if measured.spread > LARGEST_SPREAD or all(row["ok"] is None for row in rows):
+        pytest.skip("neither kernels nor steps repeat within 15 %: the machine is busy")
+    off = [(row["case"], round(row["difference"], 3)) for row in rows if row["ok"] is False]
+    assert off == []
 
 
 def test_the_committed_profile_of_a_processor(capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,7 +38,7 @@ def load_torch() -> Any:
         import torch
     except ImportError:
         raise InputError(
-            "measuring needs PyTorch, which is not installed; install it with: pip install 'simllm[validate]'"
+            "measuring needs PyTorch, which is not installed; install it with: pip install 'simllm[validate,calibrate]'"
         ) from None
     return torch
 
@@ -74,6 +74,11 @@ class TorchDevice:
     def library(self) -> str:
         """PyTorch and its version."""
         return f"torch {self.torch.__version__}"
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether times hold what others do meanwhile: those of several threads, read from the clock on the wall."""
+        return self.kind == "cpu" and self.units > 1
 
     @property
     def clock(self) -> Callable[[], float]:
@@ -118,8 +123,8 @@ class TorchDevice:
         return times
 
     def typical(self, times: list[float]) -> float:
-        """What a kernel takes: the median on a GPU; on a processor, which others use too, the least."""
-        return statistics.median(times) if self.kind == "cuda" else min(times)
+        """What a kernel or a step takes: the median, or where others disturb it the least."""
+        return min(times) if self.disturbed else statistics.median(times)
 
 
 def open_device(kind: str, threads: int | None = None) -> TorchDevice:

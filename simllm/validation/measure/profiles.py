@@ -9,8 +9,9 @@ from typing import Any
 from simllm.errors import InputError
 from simllm.hardware.accelerator import Accelerator, load_accelerator
 from simllm.kernels.calibrate import Calibration, fit_kernels
-from simllm.kernels.measurements import MatmulRow, parse_rows
+from simllm.kernels.measurements import parse_rows
 from simllm.kernels.profile import load_form
+from simllm.kernels.rows import MatmulRow
 from simllm.kernels.schema import Fraction, KernelFile
 from simllm.kernels.write import kernel_yaml, yaml_text
 from simllm.validation.measure.device import TorchDevice

@@ -131,7 +131,7 @@ def reduce_visits(rows: Sequence[Mapping[str, str]], least: bool) -> list[dict[s
     ----------
     rows : sequence of mapping
     least : bool
-        Processors are shared with others, whose work only ever adds time.
+        Where others disturb the times, which only ever adds to them.
     """
     by_key: dict[str, list[Mapping[str, str]]] = {}
     for row in rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from simllm.errors import InputError
+from simllm.kernels.fitting import require_scipy
 from simllm.validation.link_fit import LinkFit, fit_links, measured_sweeps
 from simllm.validation.link_profile import link_yaml
 from simllm.validation.measure import collectives
@@ -22,7 +24,7 @@ from simllm.validation.table import read_table
 __all__ = ["Measured", "calibrate_machine"]
 
 #: Passes over all kernels, and calls timed in each.
-_VISITS, _SAMPLES = 4, 2
+_VISITS, _SAMPLES = 4, 3
 #: Seconds of the long run that shows the clocks it settles at, and the part of it that is looked at.
 _SUSTAINED_S, _SETTLED = 12.0, 0.25
 _TIMEOUT_S = 60.0
@@ -42,6 +44,8 @@ class Measured:
         Measurements taken now; those of an earlier run are not taken again.
     points : int
         Kernels that were measured now or earlier.
+    spread : float
+        How far the visits of a kernel lie apart: the largest over the smallest less one, in the middle of the kernels.
     failed : mapping of str to str
         Kernels that this device or PyTorch cannot run, with what it said.
     written : tuple of Path
@@ -53,6 +57,7 @@ class Measured:
     links: tuple[LinkFit, ...]
     visits: int
     points: int
+    spread: float
     failed: Mapping[str, str]
     written: tuple[Path, ...]
 
@@ -67,6 +72,7 @@ class Measured:
             "links": [fit.to_dict() for fit in self.links],
             "measured_now": self.visits,
             "points": self.points,
+            "spread": self.spread,
             "failed": dict(self.failed),
             "written": [str(path) for path in self.written],
         }
@@ -119,6 +125,7 @@ def calibrate_machine(
     """
     if output.suffix not in (".yaml", ".yml"):
         raise InputError(f"--output={output} must end in .yaml")
+    require_scipy()
     device = open_device(kind, threads)
     if kind == "cuda" and ranks > device.torch.cuda.device_count():
         raise InputError(f"--ranks={ranks}: this machine has {device.torch.cuda.device_count()} GPUs")
@@ -134,7 +141,7 @@ def calibrate_machine(
         if long_run and not quick:
             _run_long(device, raw)
         taken = len(raw.rows) - before
-    rows = reduce_visits(raw.rows, least=kind == "cpu")
+    rows = reduce_visits(raw.rows, least=device.disturbed)
     known = {task.key for task in tasks}
     rows = [row for row in rows if row["key"] in known or row["op"] == "sustained"]
     machine = fit_machine(device, rows, f"{output.stem}-accelerator")
@@ -159,6 +166,7 @@ def calibrate_machine(
         links=links,
         visits=taken,
         points=len(rows) + len(points),
+        spread=statistics.median(float(row["spread"]) for row in rows),
         failed=failed,
         written=tuple(dict.fromkeys(written)),
     )

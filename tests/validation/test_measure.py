@@ -46,6 +46,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
         rows = list(csv.DictReader(lines))
     assert [row["key"] for row in rows] == ["a", "b", "a", "b"]
     assert {row["gpu"] for row in rows} == {"a device"}
+    assert {row["source"] for row in rows} == {"measured with torch 0"}
 
 
 def test_a_raw_file_has_one_owner_and_one_writer(tmp_path: Path) -> None:

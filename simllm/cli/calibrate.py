@@ -51,7 +51,8 @@ def machine(
     Examples:
       simllm calibrate --device cpu --threads 1 -o my-box.yaml
       simllm calibrate --device cuda -o my-gpu.yaml
-      simllm estimate gpt2 --cluster my-box.yaml --gpus 1 --stack pytorch --precision fp32
+      simllm estimate gpt2 --cluster my-box.yaml --gpus 1 --stack pytorch --precision fp32 \\
+        --seq-len 512 --global-batch-size 2
     """
     if ctx.invoked_subcommand is not None:
         if device is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -150,8 +151,9 @@ def test_step_time_from_a_profile_of_other_shapes(tmp_path: Path) -> None:
         for case, times in zip(cases, timings, strict=True)
         for row in compare_step(case, times, device, clusters).rows({"calibrated": 0.15}, 0.03)
     ]
-    if measured.spread > LARGEST_SPREAD or all(row["ok"] is None for row in rows):
-        pytest.skip("neither kernels nor steps repeat within 15 %: the machine is busy")
+    crowded = os.getloadavg()[0] > 2 * (os.cpu_count() or 1)
+    if crowded or measured.spread > LARGEST_SPREAD or all(row["ok"] is None for row in rows):
+        pytest.skip("the machine is busy: more wants to run than there are processors, or nothing repeats within 15 %")
     off = [(row["case"], round(row["difference"], 3)) for row in rows if row["ok"] is False]
     assert off == []
 

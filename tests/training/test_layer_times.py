@@ -42,7 +42,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 @pytest.mark.parametrize("row", published(), ids=lambda row: row["experiment"])
 def test_layer_of_the_22b_model(row: dict[str, str], model: Model) -> None:
-    """TP 8, 4 sequences of 2048, on A100: forward and backward within 7 %, the sum within 2 %."""
+    """TP 8, 4 sequences of 2048, on A100: forward and backward within 10 %, the sum within 3 %."""
     sequence_parallel, recompute = EXPERIMENTS[row["experiment"]]
     plan = Plan(
         tp=8,
@@ -55,9 +55,9 @@ def test_layer_of_the_22b_model(row: dict[str, str], model: Model) -> None:
     step = Step(model, load_cluster("dgx-a100", 8), plan, Training(seq_len=2048, stack="megatron-lm"))
     cost = step.engine.block(step.graph.layers[0], step.layout, step.groups, plan.recompute, True)
     forward, backward = cost.forward.total * 1e3, cost.backward.total * 1e3
-    assert forward == pytest.approx(float(row["forward_ms"]), rel=0.07)
-    assert backward == pytest.approx(float(row["backward_ms"]), rel=0.07)
-    assert forward + backward == pytest.approx(float(row["combined_ms"]), rel=0.02)
+    assert forward == pytest.approx(float(row["forward_ms"]), rel=0.10)
+    assert backward == pytest.approx(float(row["backward_ms"]), rel=0.10)
+    assert forward + backward == pytest.approx(float(row["combined_ms"]), rel=0.03)
 
 
 def test_a_weight_gradient_quantises_nothing_again(model: Model) -> None:

@@ -57,6 +57,8 @@ def _build() -> Any:
         group = _group(help_text)
         for command, function in commands.items():
             group.command(command)(function)
+        if name == "calibrate":
+            group.callback(invoke_without_command=True, help=calibrate.machine.__doc__)(calibrate.machine)
         app.add_typer(group, name=name)
     app.command("collective")(collective.collective)
     app.command("estimate")(estimate.estimate)

@@ -70,7 +70,8 @@ def implementation_of(stack: Stack, kernels: Kernels, precision: str) -> Impleme
 def attention_kernel(stack: Stack, kernels: Kernels, precision: str) -> tuple[str, str | None]:
     """The attention kernel of a stack on a device, and what had to be assumed for it."""
     wanted = stack.kernels.attention
-    if precision in ("fp32", "tf32"):
+    best = kernels.default_attention
+    if precision in ("fp32", "tf32") and (wanted != "best" or precision not in kernels.attention_precisions(best)):
         return "unfused", f"attention in {precision} runs unfused: fused kernels are for 16 bits"
     if wanted == "best":
         return kernels.default_attention, None
@@ -79,6 +80,11 @@ def attention_kernel(stack: Stack, kernels: Kernels, precision: str) -> tuple[st
     return kernels.default_attention, (
         f"{wanted} was not measured on {kernels.accelerator.name}; {kernels.default_attention} stands in"
     )
+
+
+def stream_kind(operator: Operator, backward: bool = False) -> str:
+    """What a kernel profile calls the streaming kernels of an operator: ``norm forward``."""
+    return f"{type(operator).__name__.lower()} {'backward' if backward else 'forward'}"
 
 
 class Engine:
@@ -114,19 +120,27 @@ class Engine:
 
     # -- operators ---------------------------------------------------------------------------------------------
 
-    def _price_work(self, items: Iterable[Work], precision: str, permute: float, products: int) -> Cost:
+    def _price_work(
+        self,
+        items: Iterable[Work],
+        precision: str,
+        permute: float,
+        products: int,
+        kind: str,
+        quantise: str | None = None,
+    ) -> Cost:
         kernels = self.kernels
         matmul = attention = elementwise = 0.0
         for item in items:
             if isinstance(item, Gemm):
-                matmul += kernels.matmul(item.m, item.n, item.k, precision, item.times)
+                matmul += kernels.matmul(item.m, item.n, item.k, precision, item.times, quantise)
             elif isinstance(item, GroupedGemm):
-                matmul += kernels.grouped_matmul(item.tokens, item.n, item.k, item.groups, precision)
+                matmul += kernels.grouped_matmul(item.tokens, item.n, item.k, item.groups, precision, quantise)
             elif isinstance(item, AttentionWork):
                 attention += self._price_attention(item, products)
             else:
                 # Every kernel of a chain moves its part of the bytes; small ones cost their launch.
-                elementwise += item.kernels * kernels.memory_bound(permute * item.bytes / max(1, item.kernels))
+                elementwise += item.kernels * kernels.memory_bound(permute * item.bytes / max(1, item.kernels), kind)
         return Cost(matmul=matmul, attention=attention, elementwise=elementwise)
 
     def _price_attention(self, work: AttentionWork, products: int) -> float:
@@ -151,14 +165,17 @@ class Engine:
     def operator_forward(self, operator: Operator, layout: Layout) -> Cost:
         """Seconds of one operator forward."""
         precision, permute = self._treatment(operator)
-        return self._price_work(operator.forward(layout, self.impl), precision, permute, 2)
+        return self._price_work(operator.forward(layout, self.impl), precision, permute, 2, stream_kind(operator))
 
     def operator_backward(self, operator: Operator, layout: Layout) -> tuple[Cost, Cost]:
         """Seconds of the gradients of one operator's inputs, and of its weights."""
         precision, permute = self._treatment(operator)
+        kind = stream_kind(operator, backward=True)
+        # Both operands of a weight's gradient are quantised by then, along both axes at once: the input in the forward
+        # pass, the output's gradient for the gradient of the input.
         return (
-            self._price_work(operator.backward_input(layout, self.impl), precision, permute, 4),
-            self._price_work(operator.backward_weight(layout, self.impl), precision, permute, 4),
+            self._price_work(operator.backward_input(layout, self.impl), precision, permute, 4, kind),
+            self._price_work(operator.backward_weight(layout, self.impl), precision, permute, 4, kind, "none"),
         )
 
     def _treatment(self, operator: Operator) -> tuple[str, float]:
@@ -246,6 +263,6 @@ class Engine:
         host = self.stack.costs.host_per_layer_forward.si * len(rerun) / len(graph.operators)
         return again.total + max(0.0, host - again.total)
 
-    def stream_s(self, size_bytes: float) -> float:
-        """Seconds of a kernel that moves so many bytes."""
-        return self.kernels.memory_bound(size_bytes)
+    def stream_s(self, size_bytes: float, kind: str = "") -> float:
+        """Seconds of a kernel of a kind that moves so many bytes."""
+        return self.kernels.memory_bound(size_bytes, kind)

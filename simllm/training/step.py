@@ -345,7 +345,9 @@ class Step:
         """Seconds of the optimizer on one rank."""
         weights = stage_weights(stage, self.layout, self.plan.pp)
         degrees = (1, 1) if self.plan.zero == "0" else shard_degrees(self.plan, self.hsdp_shard)
-        return self.engine.stream_s(update_bytes(weights, self.moments(stage), degrees, self.states.update_traffic))
+        return self.engine.stream_s(
+            update_bytes(weights, self.moments(stage), degrees, self.states.update_traffic), "optimizer"
+        )
 
     def moments(self, stage: Stage) -> tuple[float, float]:
         """Bytes of optimizer moments of a stage's dense and expert weights, before sharding."""

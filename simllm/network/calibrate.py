@@ -182,7 +182,8 @@ def calibrate_all(sweeps: Iterable[Sweep], names: Iterable[str] | None = None) -
             if any(sweep.fitted and _view(link, sweep, classes) for sweep in measured):
                 link = calibrate(link, measured, classes=classes).link
         classes[name] = _followed(link, classes)
-    return classes
+    # What follows a class that was fitted later follows it now.
+    return {name: _followed(link, classes) for name, link in classes.items()}
 
 
 def predict(sweep: Sweep, classes: Mapping[str, Link] | None = None) -> NDArray[np.float64]:
@@ -232,8 +233,9 @@ def _followed(link: Link, classes: Mapping[str, Link]) -> Link:
         return link
     for path, figure in figures_of(link).items():
         if (match := _BY_CLASS.match(figure.source)) and match[1] in classes:
-            near = figures_of(link if match[1] == link.name else classes[match[1]])
-            there = path if path in near else path.replace("broadcast.", "ring.").replace("pair.", "ring.")
+            own = match[1] == link.name
+            near = figures_of(link if own else classes[match[1]])
+            there = path if path in near and not own else f"ring.{path.partition('.')[2]}"
             if there in near:
                 values[path] = _in_unit(figure, near[there])
     return _with_values(link, values)

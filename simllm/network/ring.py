@@ -12,9 +12,17 @@ A GPU also copies part of a slot between the user's buffer and the ring's, which
 A broadcast is one pipelined pass of all S bytes around the ring, n - 1 hops deep. Calls that follow each other, as in
 nccl-tests, overlap: the root hands a short message to the ring in ``S / injection`` and starts the next call, so the
 time of a small broadcast does not grow with n until its bytes take longer than the hops.
+
+Large messages go in chunks of a fixed size (NCCL: an eighth of its 4 MiB buffer on each channel, src/enqueue.cc). Where
+a chunk is staged it arrives whole before it leaves for the next domain, so that a buffer up to the chunk c of all
+channels is stored and forwarded at each of the N - 1 crossings and a larger one waits for its first chunk only:
+
+    crossings = (N - 1) (step + min(S, c) / B)
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from simllm.hardware.links import Curve
 from simllm.network.fabric import Fabric
@@ -67,9 +75,26 @@ def broadcast(fabric: Fabric) -> tuple[Terms, ...]:
         scaleup_bytes=(n - blocks) / n,
         scaleout_bytes=(blocks - 1) / n,
     )
+    if out is not None and out.chunk_bytes:
+        found = tuple(option for terms in found for option in _stored(terms, fabric, out))
     if up.injection is None:
         return found
     return tuple(option for terms in found for option in (eager(terms, up.injection.si, launches), terms))
+
+
+def _stored(terms: Terms, fabric: Fabric, out: Curve) -> tuple[Terms, ...]:
+    """A broadcast whose chunks arrive whole before they cross to the next domain: one chunk, and many.
+
+    Both cost the same for a buffer of one chunk, and the cheaper of the two is right on either side of it.
+    """
+    if terms.protocol != "Simple":
+        return (terms,)
+    domain = fabric.cuts[0]
+    crossing_s = (domain.blocks - 1) / (domain.members * domain.bandwidth * out.part("Simple"))
+    return (
+        replace(terms, s_per_byte=terms.s_per_byte + crossing_s),
+        replace(terms, latency_s=terms.latency_s + crossing_s * out.chunk_bytes),
+    )
 
 
 def _hops(up: Curve, out: Curve | None, inside: int, crossings: int) -> list[Hops]:

@@ -16,6 +16,7 @@ from simllm.errors import InputError
 from simllm.hardware import Cluster, load_cluster, make_cluster
 from simllm.hardware.accelerator import load_accelerator
 from simllm.hardware.fabric import Mesh, load_fabric
+from simllm.hardware.links import link_of_library
 from simllm.network import Group
 from simllm.validation.system_names import (
     UNSTATED,
@@ -60,7 +61,7 @@ def row_cluster(row: Row, cluster: str | None = None) -> Placed:
     ----------
     row : Row
         With the cells ``system``, ``gpu``, ``n_nodes``, ``n_gpus``, and where they are stated ``gpus_per_node``,
-        ``domain_gpus``, ``scaleout_link``, ``scaleout_GBps_per_node``.
+        ``domain_gpus``, ``scaleout_link``, ``scaleout_GBps_per_node``, ``library``.
     cluster : str, optional
         A system of the catalog or a file of one's own that it ran on, whatever the row says.
 
@@ -83,6 +84,7 @@ def row_cluster(row: Row, cluster: str | None = None) -> Placed:
         ),
         cluster=cluster,
         ranks_per_process=_ranks_per_process(row),
+        library=row.text("library"),
     )
     for sentence in placed.assumptions:
         row.assume(sentence)
@@ -107,6 +109,7 @@ def place(
     stated: Machine = UNSTATED,
     cluster: str | None = None,
     ranks_per_process: int | None = None,
+    library: str = "",
 ) -> Placed:
     """The machine that the words of a table mean, and the ranks on it.
 
@@ -157,7 +160,7 @@ def place(
     one_process, fitted = False, True
     if cluster is None and (known := published_systems().get(system)) is not None:
         one_process = known.one_process
-        fitted = known.device_stated and (known.network_stated or nodes == 1)
+        fitted = known.typical and known.device_stated and (known.network_stated or nodes == 1)
         if not known.network_stated and nodes > 1:
             assumed.append(f"the network of {system} is not stated: that of {found.name}")
         if known.peer_access and known.staged_link and ranks > known.peer_access.value:
@@ -167,7 +170,19 @@ def place(
         assumed.append("one process drives all devices of a node")
     driven = ranks_per_process or (max(used, 1) if one_process else 1)
     group = Group(size=ranks, stride=stride, ranks_per_process=driven)
+    if cluster is None and library:
+        found = _of_library(found, library)
     return Placed(cluster=found, group=group, assumptions=tuple(assumed), fitted=fitted)
+
+
+def _of_library(cluster: Cluster, library: str) -> Cluster:
+    """The same wires under the version of the library that drove them."""
+    out = cluster.scaleout_link
+    return replace(
+        cluster,
+        scaleup_link=link_of_library(cluster.scaleup_link, library),
+        scaleout_link=out and link_of_library(out, library),
+    )
 
 
 def _machine(system: str, gpu: str, stated: Machine, assumed: list[str]) -> Machine:

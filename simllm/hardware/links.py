@@ -276,6 +276,9 @@ class Link(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         ``scale-up`` (inside a domain) or ``scale-out`` (between domains).
     like : str or None
         The class nearest in kind, whose figures hold where this one was never measured.
+    pools : bool
+        Whether this is no class of any machine but what the classes like it have in common: its figures are fitted to
+        the measurements of all of them, and those of a class with few measurements stay near them.
     earlier : Earlier or None
         The class of the same wires under old versions of the library.
     algorithms : tuple of str
@@ -310,6 +313,7 @@ class Link(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     scope: Literal["scale-up", "scale-out"]
     description: str
     like: str | None = None
+    pools: bool = False
     earlier: Earlier | None = None
     algorithms: tuple[Algorithm, ...] = ()
     ring: Curve

@@ -160,7 +160,10 @@ def place(
     one_process, fitted = False, True
     if cluster is None and (known := published_systems().get(system)) is not None:
         one_process = known.one_process
-        fitted = known.typical and known.device_stated and (known.network_stated or nodes == 1)
+        fitted = known.device_stated and (known.network_stated or nodes == 1)
+        fitted = fitted and (known.fit_up_to is None or ranks <= known.fit_up_to.value)
+        if known.nics is not None:
+            found = replace(found, nics_per_node=int(known.nics.value))
         if not known.network_stated and nodes > 1:
             assumed.append(f"the network of {system} is not stated: that of {found.name}")
         if known.peer_access and known.staged_link and ranks > known.peer_access.value:
@@ -169,7 +172,9 @@ def place(
     if one_process and ranks_per_process is None:
         assumed.append("one process drives all devices of a node")
     driven = ranks_per_process or (max(used, 1) if one_process else 1)
-    group = Group(size=ranks, stride=stride, ranks_per_process=driven)
+    # What is measured runs alone: the GPUs that it leaves out are idle.
+    alone = 1 if nodes > 1 and ranks == nodes * used and stride > 1 else None
+    group = Group(size=ranks, stride=stride, concurrent=alone, ranks_per_process=driven)
     if cluster is None and library:
         found = _of_library(found, library)
     return Placed(cluster=found, group=group, assumptions=tuple(assumed), fitted=fitted)

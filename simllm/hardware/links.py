@@ -373,7 +373,7 @@ def link_of_library(name: str, library: str) -> str:
     ('nvlink3-nccl-2-10', 'nvlink3', 'nvlink3')
     """
     earlier = load_link(name).earlier
-    version = re.search(r"\d+(?:\.\d+)+", library)
+    version = re.search(r"\d+(?:\.\d+)+(?!\w)", library)
     if earlier is None or version is None or not library.startswith(earlier.library):
         return name
     last = [int(part) for part in earlier.version.split(".")]

@@ -9,9 +9,11 @@ with g members sends the ring's bytes through g NICs at once (NCCL, src/graph/co
     steps = f (n - 1), of which f (N - 1) wait for another domain
 
 A GPU also copies part of a slot between the user's buffer and the ring's, which shows where few ranks make slots large.
-A broadcast is one pipelined pass of all S bytes around the ring, n - 1 hops deep. Calls that follow each other, as in
-nccl-tests, overlap: the root hands a short message to the ring in ``S / injection`` and starts the next call, so the
-time of a small broadcast does not grow with n until its bytes take longer than the hops.
+A broadcast is one pipelined pass of all S bytes around the ring. Calls that follow each other, as in nccl-tests,
+overlap, so the hops inside a domain count once, whatever their number (NCCL's own model has one hwLat for them; 4 and
+8 A100 take the same 65 us for 4 MiB), while each of the N - 1 crossings shows. The root hands a short message to the
+ring in ``S / injection`` and starts the next call, so the time of a small broadcast does not grow with N either until
+its bytes take longer than the hops.
 
 Large messages go in chunks of a fixed size (NCCL: an eighth of its 4 MiB buffer on each channel, src/enqueue.cc). Where
 a chunk is staged it arrives whole before it leaves for the next domain, so that a buffer up to the chunk c of all
@@ -69,7 +71,7 @@ def broadcast(fabric: Fabric) -> tuple[Terms, ...]:
     found = candidates(
         "ring",
         launches=launches,
-        hops=_hops(up, out, n - blocks, blocks - 1),
+        hops=_hops(up, out, min(n - blocks, 1), blocks - 1),
         loads=_loads(fabric, up, out, 1.0 if n > blocks else 0.0, 1.0),
         slots=n,
         scaleup_bytes=(n - blocks) / n,

@@ -21,7 +21,7 @@ from simllm.hardware.figures import Figure
 from simllm.hardware.links import Link, list_links, load_link
 from simllm.hardware.profiles import figures_of
 from simllm.network.fabric import Fabric, fabric
-from simllm.network.measurements import Sweep, read_sweeps
+from simllm.network.measurements import Sweep
 from simllm.network.posting import posting_s
 from simllm.network.price import choices, fastest
 from simllm.units import to_si
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["FIT", "Calibration", "Sweep", "calibrate", "calibrate_all", "predict", "read_sweeps", "with_figures"]
+__all__ = ["FIT", "Calibration", "Sweep", "calibrate", "calibrate_all", "predict", "with_figures"]
 
 Part = TypeVar("Part", bound=msgspec.Struct)
 
@@ -46,7 +46,11 @@ _SLOTS = tuple(float(2**power) for power in range(10, 25))
 
 # Parts of a link class that the time of an operation depends on; all others are rings or trees.
 _RINGS = ("ring", "tree", "pair", "switch", "pat", "posting")
-_PARTS = {"broadcast": ("broadcast", "ring", "posting"), "all_to_all": ("all_to_all", "posting"), "send_recv": ("p2p", "posting")}
+_PARTS = {
+    "broadcast": ("broadcast", "ring", "posting"),
+    "all_to_all": ("all_to_all", "posting"),
+    "send_recv": ("p2p", "posting"),
+}
 
 _BY_CLASS = re.compile(r"as (\S+) by class")
 
@@ -270,11 +274,12 @@ def _part_like(own: Part, other: Part) -> Part:
 
 
 def _near(link: Link, classes: Mapping[str, Link]) -> dict[str, float]:
-    """Figures of the class that this one is like, in its own units, by key path."""
+    """Figures of the class that this one is like, in its own units, by key path; of its rings for unknown pairs."""
     if link.like is None:
         return {}
     figures, near = figures_of(link), figures_of(classes.get(link.like) or load_link(link.like))
-    return {path: _in_unit(figure, near[path]) for path, figure in figures.items() if path in near}
+    there = {path: path if path in near else path.replace("pair.", "ring.") for path in figures}
+    return {path: _in_unit(figure, near[there[path]]) for path, figure in figures.items() if there[path] in near}
 
 
 def _followed(link: Link, classes: Mapping[str, Link]) -> Link:

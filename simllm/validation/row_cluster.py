@@ -46,12 +46,15 @@ class Placed:
         What the row does not state.
     fitted : bool
         Whether so much of the machine is known that its times tell about links.
+    algorithm : str or None
+        What its all-reduces are known to have run.
     """
 
     cluster: Cluster
     group: Group
     assumptions: tuple[str, ...]
     fitted: bool = True
+    algorithm: str | None = None
 
 
 def row_cluster(row: Row, cluster: str | None = None) -> Placed:
@@ -157,9 +160,9 @@ def place(
         assumed.append(f"{ranks} ranks do not spread evenly over {nodes} nodes of {per_node}: they fill nodes in order")
     elif nodes > 1:
         stride = per_node // used
-    one_process, fitted = False, True
+    one_process, fitted, algorithm = False, True, None
     if cluster is None and (known := published_systems().get(system)) is not None:
-        one_process = known.one_process
+        one_process, algorithm = known.one_process, known.algorithm
         fitted = known.device_stated and (known.network_stated or nodes == 1)
         fitted = fitted and (known.fit_up_to is None or ranks <= known.fit_up_to.value)
         if known.nics is not None:
@@ -177,7 +180,7 @@ def place(
     group = Group(size=ranks, stride=stride, concurrent=alone, ranks_per_process=driven)
     if cluster is None and library:
         found = _of_library(found, library)
-    return Placed(cluster=found, group=group, assumptions=tuple(assumed), fitted=fitted)
+    return Placed(cluster=found, group=group, assumptions=tuple(assumed), fitted=fitted, algorithm=algorithm)
 
 
 def _of_library(cluster: Cluster, library: str) -> Cluster:

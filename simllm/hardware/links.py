@@ -369,8 +369,8 @@ def link_of_library(name: str, library: str) -> str:
 
     Examples
     --------
-    >>> link_of_library("nvlink3", "NCCL 2.8.4"), link_of_library("nvlink3", "NCCL 2.27.3"), link_of_library("nvlink3", "")
-    ('nvlink3-nccl-2-10', 'nvlink3', 'nvlink3')
+    >>> [link_of_library("nvlink3", library) for library in ("NCCL 2.8.4", "NCCL 2.27.3", "")]
+    ['nvlink3-nccl-2-10', 'nvlink3', 'nvlink3']
     """
     earlier = load_link(name).earlier
     version = re.search(r"\d+(?:\.\d+)+(?!\w)", library)

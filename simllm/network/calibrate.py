@@ -107,9 +107,7 @@ def calibrate(
 
     known = classes or {}
     family = _family(link, known)
-    used = [
-        (s, view) for s in sweeps if s.fitted for one in family if (view := _view(one, s, known)) is not None
-    ]
+    used = [(s, view) for s in sweeps if s.fitted for one in family if (view := _view(one, s, known)) is not None]
     if not used:
         raise InputError(f"no sweep runs over {link.name}; give measurements of a system with such links")
     figures = figures_of(link)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from simllm.errors import InputError
 from simllm.hardware import load_cluster, make_cluster
-from simllm.hardware.links import Link, list_links, load_link
+from simllm.hardware.links import Link, load_link
 from simllm.hardware.profiles import check_profile, figures_of, parse_yaml, profiles_dir
 from simllm.network import Group, bus_factor, price
 from simllm.network.calibrate import FIT

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from simllm.validation.execution.case import Case
+from simllm.validation.execution.parallelize import set_attention
 from simllm.validation.execution.reference import Transformer
 from simllm.validation.execution.runner import Record, Runner, batch_of
 
@@ -26,6 +27,7 @@ def execute(case: Case, device: str = "cpu") -> Record:
     torch.manual_seed(0)
     with torch.device(device):
         reference = Transformer(case.spec)
+    set_attention(reference, case)
     ids, labels = batch_of(case, device)
     loss = reference(ids, labels).sum()
     loss.backward()

@@ -38,6 +38,7 @@ __all__ = [
     "build_meshes",
     "expert_parameters",
     "finish_gradients",
+    "set_attention",
     "shard_data_parallel",
     "splits_experts",
     "tensor_parallel",
@@ -135,13 +136,9 @@ def tensor_parallel(model: Transformer, case: Case, meshes: Meshes) -> None:
         head = model.head
         norms.append(head.norm)
         columns = ColwiseParallel(input_layouts=stream, output_layouts=Shard(-1), use_local_output=False)
-        if isinstance(head.lm_head.weight, DTensor):  # tied: the table is split already
-            assert model.stem is not None
-            head.lm_head.weight = nn.Parameter(head.lm_head.weight.full_tensor())
-            parallelize_module(head.lm_head, mesh, columns)
+        parallelize_module(head.lm_head, mesh, columns)
+        if case.spec.head.tied and model.stem is not None:
             head.lm_head.weight = model.stem.token.weight
-        else:
-            parallelize_module(head.lm_head, mesh, columns)
     for norm in norms:
         splitter.norm(norm)
 
@@ -255,16 +252,27 @@ class _Splitter:
 
 
 def add_recompute(model: Transformer, case: Case) -> None:
-    """Set which layers, or which attention cores, run again, and how attention is computed."""
+    """Set which layers, or which attention cores, run again."""
     policy = case.plan.recompute
-    blocks = [part for part in model.modules() if isinstance(part, Block)]
-    for index, block in enumerate(blocks):
-        block.again = policy.kind == "full" and index % policy.every == 0
+    for name, block in model.named_modules():
+        if not isinstance(block, Block):
+            continue
+        block.again = policy.kind == "full" and int(name.rpartition(".")[2]) % policy.every == 0
         for attention in (block.mixer, block.cross):
             if attention is not None:
                 core: Any = attention.core
-                core.unfused = case.unfused
                 core.again = policy.kind == "selective"
+    set_attention(model, case)
+
+
+def set_attention(model: Transformer, case: Case) -> None:
+    """Fused attention, or explicit products."""
+    for block in model.modules():
+        if isinstance(block, Block):
+            for attention in (block.mixer, block.cross):
+                if attention is not None:
+                    core: Any = attention.core
+                    core.unfused = case.unfused
 
 
 # -- data parallelism -------------------------------------------------------------------------------------------
@@ -294,7 +302,7 @@ def shard_data_parallel(model: Transformer, case: Case, meshes: Meshes) -> None:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
     dense = meshes.hsdp["replicate", "shard"] if meshes.hsdp is not None else meshes.whole["dp"]
     ignored: set[nn.Parameter] = set()
-    if splits_experts(case):
+    if splits_experts(case) and expert_parameters(model):
         assert meshes.experts is not None
         replicas = meshes.experts["expert_dp"]
         for module in model.modules():
@@ -303,6 +311,8 @@ def shard_data_parallel(model: Transformer, case: Case, meshes: Meshes) -> None:
             if replicas.size() > 1:
                 fully_shard(module, mesh=replicas, **options)
                 module.set_gradient_divide_factor(float(plan.dp))  # type: ignore[attr-defined]
+                # Gloo sums, but does not scale while it sums.
+                module.set_force_sum_reduction_for_comms(True)  # type: ignore[attr-defined]
             else:
                 ignored.update(module.parameters())
     if not case.fully_sharded:

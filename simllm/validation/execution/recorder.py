@@ -41,19 +41,20 @@ def saved_bytes_of(run: Callable[[], Any], owned: Iterable[Tensor]) -> int:
 @contextmanager
 def _saving() -> Iterator[Callable[[Iterable[Tensor]], int]]:
     """Yields a function that adds up what was kept so far, given what belongs to others."""
-    storages: dict[int, int] = {}
+    storages: dict[int, torch.UntypedStorage] = {}
     alive: list[Tensor] = []  # a freed storage's address could be given to the next one
 
     def pack(tensor: Tensor) -> Tensor:
         inner = local_tensor(tensor)
         storage = inner.untyped_storage()
         alive.append(inner)
-        storages[storage._cdata] = storage.nbytes()
+        storages[storage._cdata] = storage
         return tensor
 
     def total(owned: Iterable[Tensor]) -> int:
         outside = {local_tensor(t).untyped_storage()._cdata for t in owned}
-        return sum(size for key, size in storages.items() if key not in outside)
+        # Gathered parameters that were freed again have no bytes by now.
+        return sum(storage.nbytes() for key, storage in storages.items() if key not in outside)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield total

@@ -10,8 +10,9 @@ import typer
 
 from simllm.cli.options import Json, Output, Plot, count
 from simllm.cli.output import check_output, check_plot, emit, progress, write_file
+from simllm.cli.validate_torch import torch
 
-__all__ = ["COMMANDS", "collectives", "runs"]
+__all__ = ["COMMANDS", "collectives", "runs", "torch"]
 
 
 def runs(
@@ -116,4 +117,4 @@ def collectives(
     emit(report.to_dict, lambda: collective_validation_report(report), as_json, output)
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {"runs": runs, "collectives": collectives}
+COMMANDS: dict[str, Callable[..., Any]] = {"runs": runs, "collectives": collectives, "torch": torch}

@@ -269,6 +269,10 @@ class LatentAttention(nn.Module):
         self.o = nn.Linear(n * latent.v_head_dim, hidden, bias=spec.out_bias)
         self.core = _Core(spec, self.head_dim, place, tables)
 
+    def _rotated(self, x: Tensor) -> Tensor:
+        """Rotary embedding of (batch, tokens, heads, width)."""
+        return _rotate(x.transpose(1, 2), self.tables).transpose(1, 2)
+
     def _shared_key(self, x: Tensor) -> Tensor:
         """The rotated part of the key, which all heads share: whole on every rank, its gradient a sum over them."""
         key: Tensor = self.k_rope(x)
@@ -280,15 +284,15 @@ class LatentAttention(nn.Module):
 
     def forward(self, x: Tensor, source: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         latent, rope = self.latent, self.latent.qk_rope_head_dim
-        q = self.q_b(x if latent.q_lora_rank is None else self.q_a_norm(self.q_a(x)))
-        q = q.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        q = self.q_b(x if latent.q_lora_rank is None else self.q_a_norm(self.q_a(x))).unflatten(-1, (-1, self.head_dim))
         content, position = q.split([latent.qk_nope_head_dim, rope], dim=-1)
-        q = torch.cat((content, _rotate(position, self.tables)), dim=-1)
+        q = torch.cat((content, self._rotated(position)), dim=-1)
         compressed = self.kv_a_norm(self.kv_a(x))
-        k = self.k_b(compressed).unflatten(-1, (-1, latent.qk_nope_head_dim)).transpose(1, 2)
-        v = self.v_b(compressed).unflatten(-1, (-1, latent.v_head_dim)).transpose(1, 2)
-        shared = _rotate(self._shared_key(x).unsqueeze(1), self.tables)
-        k = torch.cat((k, shared.expand(-1, k.shape[1], -1, -1)), dim=-1)
+        k = self.k_b(compressed).unflatten(-1, (-1, latent.qk_nope_head_dim))
+        v = self.v_b(compressed).unflatten(-1, (-1, latent.v_head_dim))
+        shared = self._rotated(self._shared_key(x).unsqueeze(2))
+        k = torch.cat((k, shared.expand(-1, -1, k.shape[2], -1)), dim=-1)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         result: Tensor = self.o(self.core(q, k, v, bias))
         return result
 

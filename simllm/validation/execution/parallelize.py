@@ -176,10 +176,7 @@ class _Splitter:
         shared = block.spec.parallel and block.spec.shared_norm
         partial = block.spec.parallel
         if shared:
-            gathered = PrepareModuleOutput(
-                output_layouts=self.stream, desired_output_layouts=Replicate(), use_local_output=False
-            )
-            parallelize_module(block.norms["mixer"], self.mesh, gathered)
+            parallelize_module(block.norms["mixer"], self.mesh, self._gathered())
         self.mixer(block.mixer, tp, rank, shared, partial)
         if block.cross is not None:
             self.mixer(block.cross, tp, rank, False, False)
@@ -193,13 +190,14 @@ class _Splitter:
             return RowwiseParallel(output_layouts=Partial(), use_local_output=False)
         return RowwiseParallel(output_layouts=self.stream)
 
-    def _enter(self, shared: bool) -> dict[str, ParallelStyle]:
-        """The input of several products is gathered once, and its gradient reduced once."""
-        if shared:
-            return {}
-        return {"": PrepareModuleInput(input_layouts=(self.stream,), desired_input_layouts=(Replicate(),))}
+    def _gathered(self) -> ParallelStyle:
+        """A result that several products read is gathered once, and its gradient reduced once."""
+        return PrepareModuleOutput(
+            output_layouts=self.stream, desired_output_layouts=Replicate(), use_local_output=False
+        )
 
     def _prepare(self, module: nn.Module, sources: int, shared: bool) -> None:
+        """The same for the input of a module."""
         if not shared:
             layouts, wanted = (self.stream,) * sources, (Replicate(),) * sources
             style = PrepareModuleInput(input_layouts=layouts, desired_input_layouts=wanted)
@@ -224,13 +222,21 @@ class _Splitter:
 
     def latent(self, mixer: LatentAttention, partial: bool) -> None:
         """Latents are made of this rank's tokens; gathered are they, not the wide stream."""
-        columns = ColwiseParallel(input_layouts=self.stream)
-        plan: dict[str, ParallelStyle] = {"q_b": columns, "k_b": columns, "v_b": columns, "o": self._rows(partial)}
-        self._apply(mixer, plan)
+        self._apply(
+            mixer,
+            {
+                "q_b": ColwiseParallel(input_layouts=self.stream),
+                "k_b": ColwiseParallel(),
+                "v_b": ColwiseParallel(),
+                "o": self._rows(partial),
+            },
+        )
         if self.sequence_parallel:
             small = ["kv_a", "k_rope", "kv_a_norm"]
             small += ["q_a", "q_a_norm"] if mixer.latent.q_lora_rank is not None else []
             self._apply(mixer, {name: SequenceParallel() for name in small})
+        # Keys and values are made of the same latent: gathered once.
+        self._apply(mixer, {"kv_a_norm": self._gathered()})
 
     def mlp(self, mlp: nn.Module, shared: bool, partial: bool) -> None:
         plan: dict[str, ParallelStyle] = {"up": ColwiseParallel(), "down": self._rows(partial)}

@@ -27,7 +27,7 @@ __all__ = ["ExecutionError", "Pool"]
 _GRACE_S = 5.0
 
 
-class ExecutionError(RuntimeError):
+class ExecutionError(ChildProcessError):
     """A rank failed, died or hung."""
 
 

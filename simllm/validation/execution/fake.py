@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,7 +22,7 @@ __all__ = ["execute_stage"]
 
 
 def execute_stage(case: Case, stage: int) -> Record:
-    """Two steps of the first rank of a pipeline stage, the second one recorded.
+    """One step of the first rank of a pipeline stage, as if others had gone before.
 
     Parameters
     ----------
@@ -31,6 +32,7 @@ def execute_stage(case: Case, stage: int) -> Record:
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    torch.set_num_threads(1)
     plan = case.plan
     rank = stage * plan.tp * plan.dp
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=plan.num_gpus)
@@ -42,7 +44,7 @@ def execute_stage(case: Case, stage: int) -> Record:
             for part in runner.parts:
                 _give_storage(part)
             runner.connect()
-            runner.step()
+            runner.make_states()
             return runner.record()
     finally:
         dist.destroy_process_group()

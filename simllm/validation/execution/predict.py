@@ -21,6 +21,7 @@ from simllm.parallel.memory import stage_memory
 from simllm.parallel.schedules import Action, in_flight_chunks, schedule_actions
 from simllm.parallel.stages import Stage, pipeline_stages
 from simllm.validation.execution.case import Case, Groups, group_ranks
+from simllm.validation.execution.peak import backward_peak, loss_workspace
 from simllm.validation.execution.weights import (
     Parameter,
     Unit,
@@ -109,13 +110,15 @@ class _Predictor:
 
     def run(self) -> Prediction:
         plan = self.plan
+        saved, persistent = self._saved(), self._persistent()
         return Prediction(
             rank=self.rank,
             parameters=self._parameters(),
             flops=self._flops(),
             traffic=self._traffic(),
-            saved=self._saved(),
-            persistent=self._persistent(),
+            saved=saved,
+            persistent=persistent,
+            peak_bytes=self._peak(saved, persistent),
             actions=self.actions,
             in_flight=in_flight_chunks(plan.schedule, plan.pp, self.m, self.pp_rank, plan.vpp) if plan.pp > 1 else 0,
             terms=self.terms,
@@ -265,11 +268,10 @@ class _Predictor:
         for unit in self.units:
             for parameter in unit.parameters:
                 if parameter.partial:
-                    size = self._partial_bytes(unit, parameter)
-                    add("all_reduce", self.groups.tp, size, self.m)
-
-    def _partial_bytes(self, unit: Unit, parameter: Parameter) -> int:
-        return parameter.elements * (2 if self.plan.precision == "bf16" and not unit.root else 4)
+                    # In a pipeline FSDP2 adds up the micro-batches' gradients, in the precision that it reduces in.
+                    once = self.case.fully_sharded and self.plan.pp > 1
+                    element = 4 if once or self.plan.precision == "fp32" else 2
+                    add("all_reduce", self.groups.tp, parameter.elements * element, 1 if once else self.m)
 
     def _data_parallel_traffic(self, add: Adder) -> None:
         plan, groups, states = self.plan, self.groups, self.case.states
@@ -365,6 +367,69 @@ class _Predictor:
             inside = self.rank % stage
             ends = (inside, (plan.pp - 1) * stage + inside)
             add("all_reduce", ends, table.shard_of(self._shard_ranks(root), self._shard_rank(root)) * 4)
+
+    # -- peak memory ---------------------------------------------------------------------------------------------
+
+    def _peak(self, saved: dict[str, int], persistent: dict[str, int]) -> float:
+        """The states, what micro-batches in flight keep, and the widest moment of the backward pass."""
+        plan = self.plan
+        edges = {name: size for name, size in saved.items() if "layers" not in name}
+        layers = [size for name, size in saved.items() if "layers" in name]
+        head = edges.get("head", 0)
+        kept = sum(layers) + sum(edges.values()) - head
+        chunks = in_flight_chunks(plan.schedule, plan.pp, self.m, self.pp_rank, plan.vpp) if plan.pp > 1 else 1
+        before = (chunks / plan.vpp - 1 / plan.vpp) * kept
+        own = kept / plan.vpp if plan.vpp > 1 else kept
+        if plan.pp > 1:
+            # A stage holds what it sent until the gradient comes back.
+            before += chunks * self.layout.elements(self.graph.layers[-1].output) * self.impl.activation_bytes
+            before += (chunks - 1) * head if plan.schedule == "gpipe" else 0
+        return sum(persistent.values()) + self._always() + before + max(self._moments(own, head, layers))
+
+    def _always(self) -> float:
+        """The batch, and the tables of positions."""
+        rows = self.plan.global_batch_size // self.plan.dp
+        return 2 * 8.0 * rows * self.case.seq_len
+
+    def _moments(self, own: float, head: float, layers: list[int]) -> list[float]:
+        """Bytes of the micro-batch that goes backward, of each moment that could be the peak."""
+        bytes_of_gradient = 2 if self.plan.precision == "bf16" else 4
+        sharded = self.case.fully_sharded
+        _, graph = self.layers[-1]
+        walk = backward_peak(graph, self.layout, self.impl, bytes_of_gradient, sharded)
+        # Everything is kept but the last layer, which is on its way back.
+        moments = [own - layers[-1] + walk + self._sharding(loss=False)]
+        if self.stage.last:
+            loss = loss_workspace(self.graph.head, self.layout, self.plan.tp > 1)
+            moments.append(own + head + loss + self._sharding(loss=True))
+        largest = max(p.shard(self._shard_ranks(u)) for u in self.units for p in u.parameters)
+        moments.append(2 * 4.0 * largest)  # Adam's denominator is made in two steps
+        return moments
+
+    def _sharding(self, loss: bool) -> float:
+        """What FSDP2 holds beside the shards while the last layer, or the loss, goes backward."""
+        if not self.case.fully_sharded:
+            return 0.0
+        states = self.case.states
+        whole = [unit.gathered(self._shard_ranks(unit)) * states.gathered for unit in self.units]
+        if self.plan.pp > 1:
+            # Nothing is freed or reduced before the last micro-batch is through.
+            return sum(whole) + sum(4.0 * p.elements for unit in self.units for p in unit.parameters)
+        if self.plan.zero == "2":
+            gathered = sum(whole)
+            fetched = 0.0
+        else:
+            root = sum(size for size, unit in zip(whole, self.units, strict=True) if unit.root)
+            per_layer = [size for size, unit in zip(whole, self.units, strict=True) if not unit.root]
+            gathered = root + (0.0 if loss else per_layer[-1])
+            fetched = per_layer[-1] if per_layer else 0.0
+        gradients = 0.0
+        if self.stage.last and not loss:
+            table = self.graph.head.weights
+            gradients = sum(self.layout.weight_elements(w) for w in table) * (
+                2.0 if self.plan.precision == "bf16" else 4.0
+            )
+        return gathered + fetched + gradients
 
     # -- saved tensors ---------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.tensor import DTensor
@@ -277,6 +278,13 @@ class Runner:
         self.optimizer.step()
         return loss
 
+    def make_states(self) -> None:
+        """Gradients and optimizer states as a step leaves them."""
+        for part in self.parts:
+            for parameter in part.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()
+
     # -- recording ---------------------------------------------------------------------------------------------
 
     def record(self, count_flops: bool = True) -> Record:
@@ -357,9 +365,10 @@ class Runner:
 
 
 def _number(value: Tensor | float) -> float:
+    """A loss as a number; zero where tensors are fake and have none."""
     if isinstance(value, Tensor):
-        fake = type(value).__name__ == "FakeTensor"
-        return 0.0 if fake else float(value)
+        value = local_tensor(value)
+        return 0.0 if isinstance(value, FakeTensor) else float(value)
     return value
 
 

@@ -209,4 +209,3 @@ def _matrix(timeout_s: float, as_json: bool, output: str | None) -> None:
     emit(lambda: [row.to_dict() for row in rows], lambda: matrix_report(rows), as_json, output)
     if not all(row.ok for row in rows if row.status == "executed"):
         raise typer.Exit(1)
-

@@ -120,5 +120,3 @@ def _cell(row: MatrixRow) -> str:
     if row.status == "failed":
         return "failed"
     return f"{row.compared - len(row.off)}/{row.compared}"
-
-

@@ -96,7 +96,8 @@ class Case:
             "hsdp with ep above 1": plan.zero == "hsdp" and plan.ep > 1,
             "offload without full sharding": self.offload and not plan.shards_parameters,
             "recompute=list": plan.recompute.kind == "list",
-            "a QK-norm over all heads with tp above 1": plan.tp > 1 and any(
+            "a QK-norm over all heads with tp above 1": plan.tp > 1
+            and any(
                 isinstance(block.mixer, AttentionSpec)
                 and block.mixer.qk_norm is not None
                 and not block.mixer.qk_norm_per_head

@@ -115,9 +115,7 @@ class _Table:
         self.rows.setdefault(row.quantity, []).append(row)
 
     def worst(self) -> tuple[Quantity, ...]:
-        return tuple(
-            max(rows, key=lambda q: (not q.ok, abs(q.difference), -q.rank)) for rows in self.rows.values()
-        )
+        return tuple(max(rows, key=lambda q: (not q.ok, abs(q.difference), -q.rank)) for rows in self.rows.values())
 
 
 def compare(case: Case, records: Iterable[Record], device: str = "cpu") -> Comparison:
@@ -200,7 +198,9 @@ def _correctness(table: _Table, case: Case, record: Record) -> None:
         )
     )
     if record.loss is not None and case.plan.dp == 1:
-        table.add("loss against one process", record.rank, record.reference_loss, record.loss, _LOSS_TOLERANCE[precision])
+        table.add(
+            "loss against one process", record.rank, record.reference_loss, record.loss, _LOSS_TOLERANCE[precision]
+        )
 
 
 def _order(actions: Sequence[Action]) -> str:

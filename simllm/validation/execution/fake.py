@@ -72,5 +72,3 @@ def _without_metadata_exchange() -> Iterator[None]:
         yield
     finally:
         base._warmup_p2p = original
-
-

@@ -250,9 +250,7 @@ class Attention(nn.Module):
 class LatentAttention(nn.Module):
     """Multi-head latent attention (arXiv:2405.04434, section 2.1), not absorbed."""
 
-    def __init__(
-        self, spec: AttentionSpec, latent: LatentSpec, hidden: int, place: Place, tables: Tables
-    ) -> None:
+    def __init__(self, spec: AttentionSpec, latent: LatentSpec, hidden: int, place: Place, tables: Tables) -> None:
         super().__init__()
         self.latent, self.place, self.tables = latent, place, tables
         n, rms = spec.num_attention_heads, NormSpec(kind="rmsnorm")

@@ -184,9 +184,7 @@ def run_matrix(
                 try:
                     rows.append(_run(pool, name, spec, strategy))
                 except ExecutionError as error:
-                    rows.append(
-                        MatrixRow(model=name, strategy=strategy, plan="", status="failed", reason=str(error))
-                    )
+                    rows.append(MatrixRow(model=name, strategy=strategy, plan="", status="failed", reason=str(error)))
                     pool.close()
                     pool = Pool(_RANKS, timeout_s=timeout_s)
                 if progress is not None:

@@ -56,8 +56,10 @@ class _Walk:
             if isinstance(operator, Residual) or isinstance(operator, Loss):
                 continue  # hands the gradient of the stream on
             outs = sum(
-                waiting.pop(t.name, 0.0 if self._is_branch(t) and not self.layout.sequence_parallel else
-                            self._gradient(operator, t))
+                waiting.pop(
+                    t.name,
+                    0.0 if self._is_branch(t) and not self.layout.sequence_parallel else self._gradient(operator, t),
+                )
                 for t in operator.outputs
             )
             ins = {t.name: self._gradient(operator, t) for t in operator.inputs}
@@ -127,4 +129,3 @@ def loss_workspace(head: Graph, layout: Layout, split: bool) -> float:
     """
     logits = next(t for op in head.operators for t in op.inputs if t.dtype == "logits")
     return (3 if split else 2) * 4.0 * layout.elements(logits)
-

@@ -7,7 +7,7 @@ reason, that is added to the count.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from simllm.models.activations import Recompute, kept_tensors, saved_bytes
@@ -162,25 +162,29 @@ class _Predictor:
         if plan.zero == "2" and plan.dp > 1:
             whole = sum(p.elements for u in self.units for p in u.parameters)
             kept["parameters"] += self.term(
-                "memory: parameters", -(whole - whole / plan.dp) * states.parameter, "FSDP2 frees gathered parameters "
-                "after the backward pass: between steps they are sharded as in stage 3",
+                "memory: parameters",
+                -(whole - whole / plan.dp) * states.parameter,
+                "FSDP2 frees gathered parameters after the backward pass: between steps they are sharded as in stage 3",
             )
         if self.case.fully_sharded:
             for kind, bytes_each in (("parameters", states.parameter), ("gradients", states.gradient)):
                 kept[kind] += self.term(
-                    f"memory: {kind}", padded * bytes_each - kept[kind], "FSDP2 pads the rows of a parameter to a "
-                    "multiple of the ranks",
+                    f"memory: {kind}",
+                    padded * bytes_each - kept[kind],
+                    "FSDP2 pads the rows of a parameter to a multiple of the ranks",
                 )
             kept["optimizer"] += self.term(
-                "memory: optimizer", own * 8 - kept["optimizer"], "the rows of a parameter do not divide: this rank's "
-                "share of the moments is not the mean",
+                "memory: optimizer",
+                own * 8 - kept["optimizer"],
+                "the rows of a parameter do not divide: this rank's share of the moments is not the mean",
             )
         if plan.zero == "1" and plan.dp > 1:
             sizes = [p.elements for u in self.units for p in u.parameters]
             share = whole_parameter_shares(sizes, plan.dp)[self.groups.dp.index(self.rank)]
             kept["optimizer"] += self.term(
-                "memory: optimizer", share * 8 - kept["optimizer"], "ZeroRedundancyOptimizer deals out whole "
-                "parameters, the largest first",
+                "memory: optimizer",
+                share * 8 - kept["optimizer"],
+                "ZeroRedundancyOptimizer deals out whole parameters, the largest first",
             )
         return {kind: round(size) for kind, size in kept.items()}
 
@@ -218,11 +222,20 @@ class _Predictor:
                         # The explicit core runs again up to the softmax; its last product only needs what that keeps.
                         total += product
                         again += forward - product
-        self.term("FLOPs", -again * self.m if again else 0, "torch.utils.checkpoint stops before what nobody keeps: "
-                  "the last product of a layer does not run again")
+        self.term(
+            "FLOPs",
+            -again * self.m if again else 0,
+            "torch.utils.checkpoint stops before what nobody keeps: the last product of a layer does not run again",
+        )
         if scores:
-            total += self.term("FLOPs", scores * self.m, "the fused kernel's formula counts the scores that it computes "
-                               "again in its backward pass") // self.m
+            total += (
+                self.term(
+                    "FLOPs",
+                    scores * self.m,
+                    "the fused kernel's formula counts the scores that it computes again in its backward pass",
+                )
+                // self.m
+            )
         return total * self.m
 
     def _rerun(self, graph: Graph, policy: Recompute) -> tuple[set[str], set[str]]:
@@ -348,9 +361,9 @@ class _Predictor:
         if self.plan.vpp == 1:
             return 0
         if unit.root:
-            return self.plan.vpp - 1 if self.stage.last and unit is self.units[-1] else 0
-        per_chunk = [u for u in self.units if not u.root]
-        return per_chunk.index(unit) * self.plan.vpp // len(per_chunk)
+            return self.plan.vpp - 1 if self.stage.last and not self.stage.first and unit is self.units[-1] else 0
+        layers = [id(u) for u in self.units if not u.root]
+        return layers.index(id(unit)) * self.plan.vpp // len(layers)
 
     def _pipeline_traffic(self, add: Adder) -> None:
         plan = self.plan
@@ -384,7 +397,8 @@ class _Predictor:
             # A stage holds what it sent until the gradient comes back.
             before += chunks * self.layout.elements(self.graph.layers[-1].output) * self.impl.activation_bytes
             before += (chunks - 1) * head if plan.schedule == "gpipe" else 0
-        return sum(persistent.values()) + self._always() + before + max(self._moments(own, head, layers))
+        backward = before + max(self._moments(own, head, layers))
+        return sum(persistent.values()) + self._always() + max(backward, *self._after())
 
     def _always(self) -> float:
         """The batch, and the tables of positions."""
@@ -399,44 +413,73 @@ class _Predictor:
         walk = backward_peak(graph, self.layout, self.impl, bytes_of_gradient, sharded)
         # Everything is kept but the last layer, which is on its way back.
         moments = [own - layers[-1] + walk + self._sharding(loss=False)]
+        if sharded and len(layers) > 1:
+            reduced = 4.0 * sum(u.gathered(self._shard_ranks(u)) for u in self._last_units())
+            made = sum(p.elements for u in self._last_units() for p in u.parameters) * bytes_of_gradient
+            around = self._sharding(loss=True) + self._head_gradients(bytes_of_gradient)
+            # Gradients of the last layer are copied to be reduced, and stay so while the layer before it goes backward.
+            copied = reduced / self.case.hsdp_shard if self.plan.zero == "hsdp" else 0.0
+            moments.append(own - layers[-1] + made + reduced + copied + around)
+            if self.plan.pp == 1:
+                moments.append(own - sum(layers[-2:]) + walk + self._sharding(loss=False) + reduced)
         if self.stage.last:
             loss = loss_workspace(self.graph.head, self.layout, self.plan.tp > 1)
             moments.append(own + head + loss + self._sharding(loss=True))
-        largest = max(p.shard(self._shard_ranks(u)) for u in self.units for p in u.parameters)
-        moments.append(2 * 4.0 * largest)  # Adam's denominator is made in two steps
         return moments
+
+    def _after(self) -> list[float]:
+        """Temporaries when all micro-batches are through: gradients reduced by hand are copied into one buffer."""
+        plan = self.plan
+        experts = 4.0 * sum(p.elements for u in self.units if u.experts for p in u.parameters)
+        dense = 4.0 * sum(p.elements for u in self.units if not u.experts for p in u.parameters)
+        # Adam's denominator is made in two steps.
+        found = [8.0 * max(p.shard(self._shard_ranks(u)) for u in self.units for p in u.parameters)]
+        found += [experts] if self.experts_apart and plan.zero in ("0", "1") else []
+        return [*found, dense] if plan.tp > 1 and plan.dp > 1 and plan.zero == "0" else found
+
+    def _last_units(self) -> list[Unit]:
+        """The units of the last layer: its own, and its experts where other ranks share them."""
+        apart = [unit for unit in self.units if not unit.root]
+        return apart[-2:] if apart[-1].experts else apart[-1:]
+
+    def _head_gradients(self, element: int) -> float:
+        if not self.stage.last or self.plan.pp > 1:
+            return 0.0
+        return float(sum(self.layout.weight_elements(w) for w in self.graph.head.weights) * element)
 
     def _sharding(self, loss: bool) -> float:
         """What FSDP2 holds beside the shards while the last layer, or the loss, goes backward."""
         if not self.case.fully_sharded:
             return 0.0
-        states = self.case.states
-        whole = [unit.gathered(self._shard_ranks(unit)) * states.gathered for unit in self.units]
-        if self.plan.pp > 1:
-            # Nothing is freed or reduced before the last micro-batch is through.
-            return sum(whole) + sum(4.0 * p.elements for unit in self.units for p in unit.parameters)
+        element = self.case.states.gathered
+
+        def gathered(units: Iterable[Unit]) -> float:
+            return sum(unit.gathered(self._shard_ranks(unit)) for unit in units) * element
+
+        last = self._last_units()
+        own = {id(unit) for unit in last}
+        # The next one is on its way: of a layer with experts apart, the part outside of them.
+        held = gathered(u for u in self.units if u.root or (not loss and id(u) in own)) + gathered(last[:1])
         if self.plan.zero == "2":
-            gathered = sum(whole)
-            fetched = 0.0
-        else:
-            root = sum(size for size, unit in zip(whole, self.units, strict=True) if unit.root)
-            per_layer = [size for size, unit in zip(whole, self.units, strict=True) if not unit.root]
-            gathered = root + (0.0 if loss else per_layer[-1])
-            fetched = per_layer[-1] if per_layer else 0.0
-        gradients = 0.0
-        if self.stage.last and not loss:
-            table = self.graph.head.weights
-            gradients = sum(self.layout.weight_elements(w) for w in table) * (
-                2.0 if self.plan.precision == "bf16" else 4.0
-            )
-        return gathered + fetched + gradients
+            held = gathered(self.units)
+        if self.plan.pp > 1:
+            # Gradients of the whole stage wait for the last micro-batch.
+            return held + sum(4.0 * p.elements for unit in self.units for p in unit.parameters)
+        return held + (0.0 if loss else self._head_gradients(2 if self.plan.precision == "bf16" else 4))
 
     # -- saved tensors ---------------------------------------------------------------------------------------------
 
     def _saved(self) -> dict[str, int]:
         result = {}
         encoder = len(self.case.spec.encoder.layers) if self.case.spec.encoder else 0
-        policies = {index: policy for (index, _), (_, policy) in zip(self.layers, self._blocks()[-len(self.layers):], strict=True)} if self.layers else {}
+        policies = (
+            {
+                index: policy
+                for (index, _), (_, policy) in zip(self.layers, self._blocks()[-len(self.layers) :], strict=True)
+            }
+            if self.layers
+            else {}
+        )
         for index, graph in self.layers:
             name = f"encoder.layers.{index}" if index < encoder else f"layers.{index - encoder}"
             result[name] = round(saved_bytes(graph, self.layout, self.impl, policies[index])) + self._layer_terms(
@@ -463,14 +506,20 @@ class _Predictor:
     def _routing(self, graph: Graph, operator: Operator) -> int:
         rows = self.layout.elements(operator.inputs[0]) // self.layout.width(operator.inputs[0].axes)
         tokens = self.layout.tokens(operator.outputs[0])
-        return self.term("saved bytes", rows * 8 + rows * 4 + tokens * 4, "the permutation back to token order (int64), "
-                         "and the weights before they were divided by their sum, with the sum (float32)")
+        return self.term(
+            "saved bytes",
+            rows * 8 + rows * 4 + tokens * 4,
+            "the permutation back to token order (int64), "
+            "and the weights before they were divided by their sum, with the sum (float32)",
+        )
 
     def _statistics(self, graph: Graph) -> int:
         """A CPU keeps the mean and deviation of LayerNorm in the dtype of its weight, CUDA in float32."""
         if self.plan.precision == "fp32" or self.device == "cuda":
             return 0
-        found = [t for op in graph.operators if isinstance(op, Norm) and op.kind == "layernorm" for t in op.saved(self.impl)]
+        found = [
+            t for op in graph.operators if isinstance(op, Norm) and op.kind == "layernorm" for t in op.saved(self.impl)
+        ]
         halved = sum(self.layout.elements(t) * 2 for t in found if t.name.endswith((".rstd", ".mean")))
         return self.term("saved bytes", -halved, "on a CPU LayerNorm keeps its statistics in the dtype of its weight")
 
@@ -478,11 +527,11 @@ class _Predictor:
         layout, impl = self.layout, self.impl
         kept = kept_tensors(graph, impl)
         size = saved_bytes(graph, layout, impl)
-        given = sum(
-            layout.elements(t) * impl.bytes_of(t) for t, _ in kept.values() if t.name in ("ids", "loss.labels")
-        )
+        given = sum(layout.elements(t) * impl.bytes_of(t) for t, _ in kept.values() if t.name in ("ids", "loss.labels"))
         if "encoder_norm" in {op.name for op in graph.operators}:
-            norm = {t.name for op in graph.operators if op.name == "encoder_norm" for t in (*op.saved(impl), *op.outputs)}
+            norm = {
+                t.name for op in graph.operators if op.name == "encoder_norm" for t in (*op.saved(impl), *op.outputs)
+            }
             outside = {t.name for t in graph.lends} | norm
             size -= sum(layout.elements(t) * impl.bytes_of(t) for t, _ in kept.values() if t.name in outside)
         size += self.term("saved bytes", -given, "token ids and labels are views of the batch, which stays anyway")

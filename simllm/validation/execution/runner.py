@@ -389,5 +389,3 @@ def _tables(part: Transformer) -> list[Tensor]:
         if tables is not None:
             found |= {id(t): t for t in tables.made.values()}
     return list(found.values())
-
-

@@ -43,9 +43,7 @@ def make_case(
     from simllm.validation.execution.case import Case
     from simllm.validation.execution.reference import check_spec
 
-    case = Case(
-        spec=spec, plan=plan, seq_len=seq_len, offload=offload, unfused=unfused, timed_steps=timed_steps
-    )
+    case = Case(spec=spec, plan=plan, seq_len=seq_len, offload=offload, unfused=unfused, timed_steps=timed_steps)
     check_spec(case.spec)
     case.check()
     return case

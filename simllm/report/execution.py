@@ -103,8 +103,8 @@ def matrix_report(rows: Sequence[MatrixRow]) -> list[RenderableType]:
     return [
         heading("Strategies executed by PyTorch", f"{len(executed)} executed, {len(fine)} as predicted"),
         paragraph(
-            "A cell counts the quantities that are as expected, of all that were compared; a dash: PyTorch or the model "
-            "cannot do it."
+            "A cell counts the quantities that are as expected, of all that were compared; a dash: PyTorch or the "
+            "model cannot do it."
         ),
         Text(),
         table(("strategy", *models), lines, left=("strategy",)),

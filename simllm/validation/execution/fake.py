@@ -60,12 +60,14 @@ def _without_metadata_exchange() -> Iterator[None]:
     """Stages are told the shapes they exchange; asking each other for them would need real numbers."""
     from torch.distributed.pipelining import schedules, stage
 
+    static = vars(stage)["InferenceMode"].STATIC
+
     base: Any = schedules._PipelineSchedule
     original = base._warmup_p2p
 
     def known(self: Any, *args: Any, **kwargs: Any) -> Any:
         for one in getattr(self, "_stages", None) or [self._stage]:
-            one._inference_mode = stage.InferenceMode.STATIC
+            one._inference_mode = static
 
     base._warmup_p2p = known
     try:

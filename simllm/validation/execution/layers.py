@@ -310,7 +310,8 @@ class Experts(nn.Module):
             return nn.Parameter(torch.zeros(spec.num_experts, columns)) if expert.bias else None
 
         self.up, self.up_bias = weights(hidden, ffn), bias(ffn)
-        self.gate, self.gate_bias = (weights(hidden, ffn), bias(ffn)) if expert.gated else (None, None)
+        self.gate = weights(hidden, ffn) if expert.gated else None
+        self.gate_bias = bias(ffn) if expert.gated else None
         self.down, self.down_bias = weights(ffn, hidden), bias(hidden)
 
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

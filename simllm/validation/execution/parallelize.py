@@ -63,8 +63,8 @@ def build_meshes(case: Case, device: str) -> Meshes:
         sizes = (plan.pp, plan.dp // shard, shard, plan.tp)
         hsdp = init_device_mesh(device, sizes, mesh_dim_names=("pp", "replicate", "shard", "tp"))
     if "experts" in _components(case):
-        sizes = (plan.pp, plan.dp * plan.tp // plan.ep, plan.ep)
-        experts = init_device_mesh(device, sizes, mesh_dim_names=("pp", "expert_dp", "ep"))
+        replicas = plan.dp * plan.tp // plan.ep
+        experts = init_device_mesh(device, (plan.pp, replicas, plan.ep), mesh_dim_names=("pp", "expert_dp", "ep"))
     return Meshes(whole=whole, hsdp=hsdp, experts=experts)
 
 
@@ -316,9 +316,10 @@ def shard_data_parallel(model: Transformer, case: Case, meshes: Meshes) -> None:
                 continue
             if replicas.size() > 1:
                 fully_shard(module, mesh=replicas, **options)
-                module.set_gradient_divide_factor(float(plan.dp))  # type: ignore[attr-defined]
+                sharded: Any = module
+                sharded.set_gradient_divide_factor(float(plan.dp))
                 # Gloo sums, but does not scale while it sums.
-                module.set_force_sum_reduction_for_comms(True)  # type: ignore[attr-defined]
+                sharded.set_force_sum_reduction_for_comms(True)
             else:
                 ignored.update(module.parameters())
     if not case.fully_sharded:

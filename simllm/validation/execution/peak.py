@@ -53,7 +53,7 @@ class _Walk:
         peak = left + stream
         waiting: dict[str, float] = {}
         for operator in reversed(self.graph.operators):
-            if isinstance(operator, Residual) or isinstance(operator, Loss):
+            if isinstance(operator, Residual | Loss):
                 continue  # hands the gradient of the stream on
             outs = sum(
                 waiting.pop(

@@ -75,7 +75,7 @@ def _run(job: _Job) -> Any:
     device = "cuda" if job.backend == "nccl" else "cpu"
     if device == "cuda":
         torch.cuda.set_device(job.rank)
-    store = dist.FileStore(job.rendezvous, job.world)
+    store = dist.FileStore(job.rendezvous, job.world)  # type: ignore[attr-defined]
     dist.init_process_group(
         job.backend, store=store, rank=job.rank, world_size=job.world, timeout=timedelta(seconds=job.timeout_s)
     )

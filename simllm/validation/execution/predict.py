@@ -14,7 +14,6 @@ from simllm.models.activations import Recompute, kept_tensors, saved_bytes
 from simllm.models.build import build_graph
 from simllm.models.graph import Graph, Operator
 from simllm.models.operators import Attention, Combine, Embedding, Loss, Norm, Projection
-from simllm.models.spec import MoESpec
 from simllm.models.work import AttentionWork
 from simllm.parallel.communication import block_collectives
 from simllm.parallel.memory import stage_memory
@@ -228,14 +227,8 @@ class _Predictor:
             "torch.utils.checkpoint stops before what nobody keeps: the last product of a layer does not run again",
         )
         if scores:
-            total += (
-                self.term(
-                    "FLOPs",
-                    scores * self.m,
-                    "the fused kernel's formula counts the scores that it computes again in its backward pass",
-                )
-                // self.m
-            )
+            why = "the fused kernel's formula counts the scores that it computes again in its backward pass"
+            total += self.term("FLOPs", scores * self.m, why) // self.m
         return total * self.m
 
     def _rerun(self, graph: Graph, policy: Recompute) -> tuple[set[str], set[str]]:
@@ -343,8 +336,8 @@ class _Predictor:
     def _unit_calls(self, unit: Unit) -> tuple[int, int]:
         """How often FSDP2 gathers and reduces a unit in a step.
 
-        Outside a pipeline it is gathered for each forward and each backward pass. In a pipeline PyTorch keeps what a backward pass gathered until a forward pass
-        frees it, and reduces once at the end.
+        Outside a pipeline it is gathered for each forward and each backward pass. In a pipeline PyTorch keeps what a
+        backward pass gathered until a forward pass frees it, and reduces once at the end.
         """
         kept = self.plan.zero == "2"
         if self.plan.pp == 1:
@@ -472,14 +465,8 @@ class _Predictor:
     def _saved(self) -> dict[str, int]:
         result = {}
         encoder = len(self.case.spec.encoder.layers) if self.case.spec.encoder else 0
-        policies = (
-            {
-                index: policy
-                for (index, _), (_, policy) in zip(self.layers, self._blocks()[-len(self.layers) :], strict=True)
-            }
-            if self.layers
-            else {}
-        )
+        applied = [policy for _, policy in self._blocks()[len(self.stage.extras) :]]
+        policies = {index: policy for (index, _), policy in zip(self.layers, applied, strict=True)}
         for index, graph in self.layers:
             name = f"encoder.layers.{index}" if index < encoder else f"layers.{index - encoder}"
             result[name] = round(saved_bytes(graph, self.layout, self.impl, policies[index])) + self._layer_terms(
@@ -506,20 +493,17 @@ class _Predictor:
     def _routing(self, graph: Graph, operator: Operator) -> int:
         rows = self.layout.elements(operator.inputs[0]) // self.layout.width(operator.inputs[0].axes)
         tokens = self.layout.tokens(operator.outputs[0])
-        return self.term(
-            "saved bytes",
-            rows * 8 + rows * 4 + tokens * 4,
-            "the permutation back to token order (int64), "
-            "and the weights before they were divided by their sum, with the sum (float32)",
+        why = (
+            "the permutation back to token order (int64), and the weights before their division, with the sum (float32)"
         )
+        return self.term("saved bytes", rows * 8 + rows * 4 + tokens * 4, why)
 
     def _statistics(self, graph: Graph) -> int:
         """A CPU keeps the mean and deviation of LayerNorm in the dtype of its weight, CUDA in float32."""
         if self.plan.precision == "fp32" or self.device == "cuda":
             return 0
-        found = [
-            t for op in graph.operators if isinstance(op, Norm) and op.kind == "layernorm" for t in op.saved(self.impl)
-        ]
+        norms = [op for op in graph.operators if isinstance(op, Norm) and op.kind == "layernorm"]
+        found = [tensor for norm in norms for tensor in norm.saved(self.impl)]
         halved = sum(self.layout.elements(t) * 2 for t in found if t.name.endswith((".rstd", ".mean")))
         return self.term("saved bytes", -halved, "on a CPU LayerNorm keeps its statistics in the dtype of its weight")
 
@@ -529,10 +513,8 @@ class _Predictor:
         size = saved_bytes(graph, layout, impl)
         given = sum(layout.elements(t) * impl.bytes_of(t) for t, _ in kept.values() if t.name in ("ids", "loss.labels"))
         if "encoder_norm" in {op.name for op in graph.operators}:
-            norm = {
-                t.name for op in graph.operators if op.name == "encoder_norm" for t in (*op.saved(impl), *op.outputs)
-            }
-            outside = {t.name for t in graph.lends} | norm
+            norm = _operator(graph, "encoder_norm")
+            outside = {t.name for t in (*graph.lends, *norm.saved(impl), *norm.outputs)}
             size -= sum(layout.elements(t) * impl.bytes_of(t) for t, _ in kept.values() if t.name in outside)
         size += self.term("saved bytes", -given, "token ids and labels are views of the batch, which stays anyway")
         size += self._statistics(graph)
@@ -547,8 +529,3 @@ class _Predictor:
 
 def _operator(graph: Graph, name: str) -> Operator:
     return next(operator for operator in graph.operators if operator.name == name)
-
-
-def has_experts(case: Case) -> bool:
-    """Whether any layer is a mixture of experts."""
-    return any(isinstance(block.mlp, MoESpec) for block in case.spec.decoder.layers)

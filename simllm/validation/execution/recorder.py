@@ -287,10 +287,10 @@ class MemoryLog(_LocalMode):
             return result
 
         # FSDP frees and fills its gathered parameters by resizing their storages.
-        torch.UntypedStorage.resize_ = resized
+        torch.UntypedStorage.resize_ = resized  # type: ignore[assignment, method-assign]
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        torch.UntypedStorage.resize_ = self._resize
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
         super().__exit__(*error)

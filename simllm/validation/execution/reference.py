@@ -183,13 +183,13 @@ class Block(_Observed):
 class Head(_Observed):
     """Final norm, product with the vocabulary, and the mean cross-entropy in float32."""
 
-    def __init__(self, spec: ModelSpec, token: nn.Parameter | None) -> None:
+    def __init__(self, spec: ModelSpec, token: Tensor | None) -> None:
         super().__init__()
         norm = spec.decoder.final_norm
         self.norm = Norm(norm, spec.hidden_size) if norm else nn.Identity()
         self.lm_head = nn.Linear(spec.hidden_size, spec.padded_vocab_size, bias=spec.head.bias)
         if token is not None:
-            self.lm_head.weight = token
+            self.lm_head.weight = token  # type: ignore[assignment]
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         with self._watch(x, labels):

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -158,7 +159,11 @@ class Runner:
     def _observe(self, part: Transformer) -> None:
         for name, module in part.named_modules():
             if isinstance(module, Block | Stem | Head):
-                module.observe = self.saved.observer(name, lambda part=part: [*_tables(part), self.ids, self.labels])
+                module.observe = self.saved.observer(name, partial(self._others, part))
+
+    def _others(self, part: Transformer) -> list[Tensor]:
+        """What no part keeps for itself: tables, and the batch."""
+        return [*_tables(part), self.ids, self.labels]
 
     def _own_batch(self, case: Case) -> tuple[Tensor, Tensor]:
         ids, labels = batch_of(case, self.device)
@@ -183,7 +188,7 @@ class Runner:
     # -- pipeline ----------------------------------------------------------------------------------------------
 
     def _pipeline(self) -> Any:
-        case, plan = self.case, self.case.plan
+        plan = self.case.plan
         group = self.meshes.whole["pp"].get_group()
         number = plan.pp * plan.vpp
         stages = []
@@ -343,8 +348,8 @@ class Runner:
     def gradient_error(self, reference: nn.Module) -> float:
         """Largest difference of a gradient from that of ``reference``, over the largest entry of that gradient.
 
-        A gradient that is zero but for rounding (a bias on keys shifts all scores alike) is held against a thousandth of
-        the largest gradient of the model.
+        A gradient that is zero but for rounding (a bias on keys shifts all scores alike) is held against a thousandth
+        of the largest gradient of the model.
         """
         wanted = {name: p.grad for name, p in reference.named_parameters(remove_duplicate=False)}
         least = 1e-3 * max(float(g.abs().max()) for g in wanted.values() if g is not None)

@@ -111,10 +111,8 @@ def stage_units(stage: Stage, layers: Iterable[Graph], layout: Layout, pp: int, 
         if len(dense) < len(own):
             units.append(Unit(parameters=tuple(p for p in own if p.expert), experts=True, root=False))
     keep = pp > 1 and not stage.first
-    for graphs in (
-        [g for g in stage.extras if not _is_head(g, stage)],
-        [g for g in stage.extras if _is_head(g, stage)],
-    ):
+    head = [graph for graph in stage.extras if _is_head(graph, stage)]
+    for graphs in ([graph for graph in stage.extras if graph not in head], head):
         rest = tuple(p for graph in graphs for p in block_parameters(graph, layout, keep))
         if rest:
             units.append(Unit(parameters=rest, experts=False, root=True))

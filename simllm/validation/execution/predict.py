@@ -494,7 +494,7 @@ class _Predictor:
         rows = self.layout.elements(operator.inputs[0]) // self.layout.width(operator.inputs[0].axes)
         tokens = self.layout.tokens(operator.outputs[0])
         why = (
-            "the permutation back to token order (int64), and the weights before their division, with the sum (float32)"
+            "the permutation back to token order (int64); weights before their division, and the sum (float32)"
         )
         return self.term("saved bytes", rows * 8 + rows * 4 + tokens * 4, why)
 

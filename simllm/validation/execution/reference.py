@@ -189,7 +189,7 @@ class Head(_Observed):
         self.norm = Norm(norm, spec.hidden_size) if norm else nn.Identity()
         self.lm_head = nn.Linear(spec.hidden_size, spec.padded_vocab_size, bias=spec.head.bias)
         if token is not None:
-            self.lm_head.weight = token  # type: ignore[assignment]
+            self.lm_head.weight = token
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         with self._watch(x, labels):

@@ -84,6 +84,9 @@ class Case:
         if any(stack.positions and stack.positions < self.seq_len for stack in stacks):
             raise InputError(f"seq_len={self.seq_len} is longer than the {spec.decoder.positions} learned positions")
         refused = {
+            f"{plan.num_micro_batches} micro-batches in {plan.pp} stages: PyTorch's 1F1B needs at least one for each": (
+                plan.schedule == "1f1b" and plan.num_micro_batches < plan.pp
+            ),
             "cp above 1: PyTorch has no context parallelism on this backend": plan.cp > 1,
             "etp above 1: experts are not split over tensor-parallel ranks": plan.etp > 1,
             "a pipeline of an encoder-decoder: PyTorch's stages pass on one tensor": plan.pp > 1 and bool(spec.encoder),

@@ -14,7 +14,7 @@ from simllm.validation.execution.session import execute_fake, make_case
 
 #: Model, world size, degrees, sequence length.
 CASES = (
-    ("llama-3-70b", 1024, {"tp": 8, "pp": 8, "dp": 16}, 8192),
+    ("llama-3-70b", 1024, {"tp": 8, "dp": 128}, 8192),
     ("llama-3.1-405b", 2048, {"tp": 8, "pp": 16, "dp": 16}, 8192),
     ("gpt3-175b", 1024, {"tp": 8, "pp": 16, "dp": 8}, 2048),
     (str(Path(__file__).parent / "mixtral-8x22b.json"), 1024, {"tp": 4, "pp": 8, "dp": 32, "ep": 8}, 4096),
@@ -30,7 +30,8 @@ def test_fake_cluster(name: str, world: int, degrees: dict[str, int], seq_len: i
         precision="bf16",
         sequence_parallel=True,
         micro_batch_size=1,
-        global_batch_size=2 * degrees["dp"],
+        global_batch_size=(2 if "pp" in degrees else 1) * degrees["dp"],
+        schedule="gpipe",
     )
     assert plan.num_gpus == world
     comparison = execute_fake(make_case(spec, plan, seq_len))

@@ -87,6 +87,8 @@ class Case:
             f"{plan.num_micro_batches} micro-batches in {plan.pp} stages: PyTorch's 1F1B needs at least one for each": (
                 plan.schedule == "1f1b" and plan.num_micro_batches < plan.pp
             ),
+            f"interleaved with as many micro-batches as stages ({plan.pp}): Megatron-LM, whose order is predicted, "
+            "runs all forward passes first, PyTorch does not": plan.vpp > 1 and plan.num_micro_batches == plan.pp,
             "cp above 1: PyTorch has no context parallelism on this backend": plan.cp > 1,
             "etp above 1: experts are not split over tensor-parallel ranks": plan.etp > 1,
             "a pipeline of an encoder-decoder: PyTorch's stages pass on one tensor": plan.pp > 1 and bool(spec.encoder),

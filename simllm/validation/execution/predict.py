@@ -387,11 +387,20 @@ class _Predictor:
         before = (chunks / plan.vpp - 1 / plan.vpp) * kept
         own = kept / plan.vpp if plan.vpp > 1 else kept
         if plan.pp > 1:
-            # A stage holds what it sent until the gradient comes back.
-            before += chunks * self.layout.elements(self.graph.layers[-1].output) * self.impl.activation_bytes
+            before += self._pipeline_buffers(chunks)
             before += (chunks - 1) * head if plan.schedule == "gpipe" else 0
         backward = before + max(self._moments(own, head, layers))
         return sum(persistent.values()) + self._always() + max(backward, *self._after())
+
+    def _pipeline_buffers(self, chunks: int) -> float:
+        """What a stage sent stays until its gradient is back; buffers that it received into stay for the next step.
+
+        Counted where the last micro-batches are in flight together. Inputs in flight are kept by the first layer.
+        """
+        size = self.layout.elements(self.graph.layers[-1].output) * self.impl.activation_bytes
+        done = self.m * self.plan.vpp - chunks
+        ahead, behind = not self.stage.last or self.plan.vpp > 1, not self.stage.first or self.plan.vpp > 1
+        return float(size * (ahead * (chunks + done + 1) + behind * done))
 
     def _always(self) -> float:
         """The batch, and the tables of positions."""
@@ -453,7 +462,7 @@ class _Predictor:
         own = {id(unit) for unit in last}
         # The next one is on its way: of a layer with experts apart, the part outside of them.
         held = gathered(u for u in self.units if u.root or (not loss and id(u) in own)) + gathered(last[:1])
-        if self.plan.zero == "2":
+        if self.plan.zero == "2" or self.plan.vpp > 1:
             held = gathered(self.units)
         if self.plan.pp > 1:
             # Gradients of the whole stage wait for the last micro-batch.
@@ -493,9 +502,7 @@ class _Predictor:
     def _routing(self, graph: Graph, operator: Operator) -> int:
         rows = self.layout.elements(operator.inputs[0]) // self.layout.width(operator.inputs[0].axes)
         tokens = self.layout.tokens(operator.outputs[0])
-        why = (
-            "the permutation back to token order (int64); weights before their division, and the sum (float32)"
-        )
+        why = "the permutation back to token order (int64); weights before their division, and the sum (float32)"
         return self.term("saved bytes", rows * 8 + rows * 4 + tokens * 4, why)
 
     def _statistics(self, graph: Graph) -> int:

@@ -283,13 +283,6 @@ class Runner:
         self.optimizer.step()
         return loss
 
-    def make_states(self) -> None:
-        """Gradients and optimizer states as a step leaves them."""
-        for part in self.parts:
-            for parameter in part.parameters():
-                parameter.grad = torch.zeros_like(parameter)
-        self.optimizer.step()
-
     # -- recording ---------------------------------------------------------------------------------------------
 
     def record(self, count_flops: bool = True) -> Record:

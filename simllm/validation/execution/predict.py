@@ -393,14 +393,14 @@ class _Predictor:
         return sum(persistent.values()) + self._always() + max(backward, *self._after())
 
     def _pipeline_buffers(self, chunks: int) -> float:
-        """What a stage sent stays until its gradient is back; buffers that it received into stay for the next step.
+        """What a stage sent stays until its gradient is back; buffers that gradients came in stay for the next step.
 
         Counted where the last micro-batches are in flight together. Inputs in flight are kept by the first layer.
         """
         size = self.layout.elements(self.graph.layers[-1].output) * self.impl.activation_bytes
         done = self.m * self.plan.vpp - chunks
-        ahead, behind = not self.stage.last or self.plan.vpp > 1, not self.stage.first or self.plan.vpp > 1
-        return float(size * (ahead * (chunks + done + 1) + behind * done))
+        ahead = not self.stage.last or self.plan.vpp > 1
+        return float(size * (chunks + done + 1)) if ahead else 0.0
 
     def _always(self) -> float:
         """The batch, and the tables of positions."""

@@ -39,7 +39,6 @@ CASES = (
     ("gpt3-175b", "TP 2 x ZeRO-3 2"),
     ("llama-3-70b", "PP 2, GPipe"),
     ("gpt3-175b", "PP 2, 1F1B"),
-    ("llama-3-70b", "PP 4, 1F1B"),
     ("llama-3-70b", "PP 2 x 2, interleaved"),
     ("bloom-176b", "PP 2 x DDP 2"),
     ("llama-3-70b", "PP 2 x ZeRO-3 2"),

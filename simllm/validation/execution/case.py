@@ -19,6 +19,7 @@ __all__ = ["STACK", "Case", "Groups", "group_ranks"]
 STACK: Final = "torch-eager"
 
 _PRECISIONS = ("fp32", "bf16")
+_SCHEDULES = ("gpipe", "1f1b", "interleaved")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +90,9 @@ class Case:
             ),
             f"interleaved with as many micro-batches as stages ({plan.pp}): Megatron-LM, whose order is predicted, "
             "runs all forward passes first, PyTorch does not": plan.vpp > 1 and plan.num_micro_batches == plan.pp,
+            f"schedule={plan.schedule}; executed are {', '.join(_SCHEDULES)}": (
+                plan.pp > 1 and plan.schedule not in _SCHEDULES
+            ),
             "cp above 1: PyTorch has no context parallelism on this backend": plan.cp > 1,
             "etp above 1: experts are not split over tensor-parallel ranks": plan.etp > 1,
             "a pipeline of an encoder-decoder: PyTorch's stages pass on one tensor": plan.pp > 1 and bool(spec.encoder),

@@ -96,8 +96,9 @@ class _Predictor:
         self.units: list[Unit] = stage_units(
             self.stage, [graph for _, graph in self.layers], self.layout, plan.pp, self.experts_apart
         )
-        rows = schedule_actions(plan.schedule, plan.pp, self.m, plan.vpp) if plan.pp > 1 else ((),)
-        self.actions = rows[self.pp_rank] if plan.pp > 1 else ()
+        self.actions: tuple[Action, ...] = ()
+        if plan.pp > 1:
+            self.actions = schedule_actions(plan.schedule, plan.pp, self.m, plan.vpp).actions(self.pp_rank)
 
     def _layers(self) -> Iterator[tuple[int, Graph]]:
         """Layers of this rank with their place in the model, chunk by chunk."""

@@ -297,7 +297,8 @@ class _Predictor:
             add("all_reduce", groups.dp, sum(p.elements for p in dense) * states.gradient)
         if self.experts_apart and plan.zero in ("0", "1"):
             experts = sum(p.elements for u in self.units if u.experts for p in u.parameters)
-            add("all_reduce", groups.expert_dp, experts * states.gradient, int(experts > 0))
+            # One buffer for each model chunk.
+            add("all_reduce", groups.expert_dp, experts * states.gradient / plan.vpp, plan.vpp * (experts > 0))
 
     def _dense_in_order(self) -> list[Parameter]:
         """Parameters in the order of the forward pass, experts apart where other ranks share them."""

@@ -10,9 +10,9 @@ import typer
 
 from simllm.cli.options import Json, Output, Overwrite, Plot, count
 from simllm.cli.output import check_output, check_plot, emit, progress, write_file
-from simllm.cli.validate_device import device_steps
+from simllm.cli.validate_torch import torch
 
-__all__ = ["COMMANDS", "collectives", "kernels", "runs"]
+__all__ = ["COMMANDS", "collectives", "kernels", "runs", "torch"]
 
 
 def runs(
@@ -159,5 +159,5 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "runs": runs,
     "collectives": collectives,
     "kernels": kernels,
-    "torch": device_steps,
+    "torch": torch,
 }

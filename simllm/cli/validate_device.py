@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from simllm.cli.options import Json, ModelName, Output, count
-from simllm.cli.output import check_output, emit, progress
+from simllm.cli.options import count
+from simllm.cli.output import emit, progress
 from simllm.errors import InputError, UnsupportedError
 
 __all__ = ["device_steps"]
@@ -18,42 +16,39 @@ MEMORY_TOLERANCE = 0.03
 
 
 def device_steps(
-    models: Annotated[list[str], ModelName.__metadata__[0]],
-    device: Annotated[str, typer.Option("--device", metavar="NAME", help="Train on cpu or cuda.")],
-    profile: Annotated[
-        str | None,
-        typer.Option("--profile", metavar="FILE", help="What simllm calibrate --device wrote on this machine."),
-    ] = None,
-    shipped: Annotated[
-        str | None,
-        typer.Option("--cluster", metavar="NAME", help="Also predict from a system of the catalog, such as dgx-h100."),
-    ] = None,
-    seq_lens: Annotated[
-        list[str], typer.Option("--seq-len", metavar="S", help="Tokens in a sequence; may be given several times.")
-    ] = ["256"],  # noqa: B006
-    batch: Annotated[str, typer.Option("--micro-batch-size", metavar="N", help="Sequences of a step.")] = "1",
-    precision: Annotated[
-        str, typer.Option("--precision", metavar="NAME", help="fp32 or bf16 (all states in it).")
-    ] = "fp32",
-    recompute: Annotated[
-        bool, typer.Option("--recompute/--no-recompute", help="Time every case with layers recomputed too.")
-    ] = False,
-    steps: Annotated[str, typer.Option("--steps", metavar="N", help="Steps timed of a case in each round.")] = "10",
-    rounds: Annotated[str, typer.Option("--rounds", metavar="N", help="Rounds over all cases.")] = "3",
-    threads: Annotated[
-        str | None, typer.Option("--threads", metavar="N", help="Threads on cpu; as in the calibration.")
-    ] = None,
-    as_json: Json = False,
-    output: Output = None,
+    model: str,
+    device: str,
+    *,
+    profile: str | None,
+    shipped: str | None,
+    seq_lens: str,
+    batch: str,
+    precision: str,
+    recompute: bool,
+    steps: str,
+    rounds: str,
+    threads: str | None,
+    as_json: bool,
+    output: str | None,
 ) -> int:
-    """Train real steps on one device and hold time and memory against predictions.
+    """Train real steps on one device and hold time and memory against predictions; the exit status.
 
     Dropout is left out, on both sides. Steps whose times lie further apart than 15 % are not judged, and nothing
     passes by that: the status is then 1, as where a prediction is off.
 
-    \b
-    Example:
-      simllm validate torch gpt2 --device cpu --threads 1 --profile my-box.yaml --seq-len 256
+    Parameters
+    ----------
+    model, device : str
+    profile, shipped : str, optional
+        A system that ``simllm calibrate --device`` wrote here, and one of the catalog; one of them is needed.
+    seq_lens : str
+        Lengths of a sequence, with commas between them.
+    batch, precision, steps, rounds, threads : str
+        As given on the command line.
+    recompute : bool
+        Time every case with its layers recomputed too.
+    as_json, output
+        Where the answer goes.
     """
     from simllm.hardware import load_cluster
     from simllm.models import Model
@@ -62,7 +57,6 @@ def device_steps(
     from simllm.validation.measure.device import open_device
     from simllm.validation.step_timing import StepCase, compare_steps
 
-    check_output(output)
     if profile is None and shipped is None:
         raise InputError("give --profile (a system that simllm calibrate --device wrote), --cluster, or both")
     try:
@@ -75,16 +69,16 @@ def device_steps(
         return 1
     named = {"calibrated": profile, "shipped": shipped}
     clusters = {name: load_cluster(given, 1) for name, given in named.items() if given is not None}
+    loaded = Model.load(model)
     cases = [
         StepCase(
-            model=Model.load(model),
-            seq_len=parse_seq_len(length, "--seq-len"),
+            model=loaded,
+            seq_len=parse_seq_len(length.strip(), "--seq-len"),
             batch=count(batch, "--micro-batch-size"),
             precision=precision,
             recompute=again,
         )
-        for model in models
-        for length in seq_lens
+        for length in seq_lens.split(",")
         for again in ((False, True) if recompute else (False,))
     ]
     with progress("rounds of steps") as tick:

@@ -10,6 +10,7 @@ from simllm.errors import InputError, unknown_name
 from simllm.models import Model
 from simllm.models.activations import Recompute
 from simllm.models.spec import ModelSpec
+from simllm.parallel.offload import Offload
 from simllm.parallel.plan import Plan
 
 if TYPE_CHECKING:
@@ -77,9 +78,11 @@ def plan_from_dict(data: Mapping[str, Any]) -> Plan:
     values = {name: value for name, value in data.items() if name in names}
     defaults = asdict(Plan())
     for name, value in values.items():
-        expected = str if name == "recompute" else type(defaults[name])
+        expected = str if name in ("recompute", "offload") else type(defaults[name])
         if defaults[name] is not None and type(value) is not expected:
             raise InputError(f"{name}={value!r} of the plan must be of the kind of {defaults[name]!r}")
     if "recompute" in values:
         values["recompute"] = Recompute.parse(values["recompute"])
+    if "offload" in values:
+        values["offload"] = Offload.parse(values["offload"])
     return Plan(**values)

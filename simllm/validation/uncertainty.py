@@ -37,16 +37,21 @@ class Judged:
 
 
 def error_range(ratios: Iterable[float]) -> ErrorRange:
-    """The 10th and 90th percentile of measured over predicted.
+    """The 10th and 90th percentile of measured over predicted, for a further run to lie between.
+
+    A new run is as likely in each of the n + 1 gaps between and beside the known ones (conformal prediction,
+    Vovk et al. 2005), so the percentiles of few runs lie further out.
 
     >>> error_range(i / 10 for i in range(11))
-    ErrorRange(low=0.1, high=0.9, runs=11)
+    ErrorRange(low=0.02, high=0.98, runs=11)
     """
     ordered = sorted(ratios)
     if not ordered:
         raise InputError("no run has both a measured and a predicted value")
-    low, high = (round(percentile(ordered, fraction), _DIGITS) for fraction in (_LOW, _HIGH))
-    return ErrorRange(low=low, high=high, runs=len(ordered))
+    n = len(ordered)
+    gaps = (((n + 1) * fraction - 1) / max(1, n - 1) for fraction in (_LOW, _HIGH))
+    low, high = (round(percentile(ordered, min(1.0, max(0.0, gap))), _DIGITS) for gap in gaps)
+    return ErrorRange(low=low, high=high, runs=n)
 
 
 def measure_uncertainty(times: Sequence[Judged], memory: Sequence[Judged], source: str) -> UncertaintyProfile:

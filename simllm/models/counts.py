@@ -14,6 +14,7 @@ __all__ = [
     "ParameterCounts",
     "count_flops",
     "count_parameters",
+    "count_trainable",
     "kv_cache_bytes_per_token",
     "operator_flops",
 ]
@@ -54,8 +55,13 @@ class ParameterCounts:
 def _weights(graph: ModelGraph) -> Iterator[tuple[Weight, int]]:
     for part, times in graph.parts:
         for weight in part.weights:
-            if not weight.tied:
+            if weight.counted and not weight.tied:
                 yield weight, times
+
+
+def count_trainable(graph: ModelGraph) -> int:
+    """Parameters that have a gradient."""
+    return sum(weight.elements * times for weight, times in _weights(graph) if weight.trained)
 
 
 def count_parameters(graph: ModelGraph) -> ParameterCounts:

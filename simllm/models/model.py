@@ -130,7 +130,8 @@ class Model:
 
     def flops(self, seq_len: int, batch: int = 1) -> FlopCounts:
         """FLOPs of ``batch`` sequences of ``seq_len`` tokens; a prefix decoder's prefix is half of them."""
-        return count_flops(self.graph, Layout(batch=batch, seq_len=seq_len, prefix_len=self.prefix_len(seq_len)))
+        length = seq_len + self.graph.virtual_tokens
+        return count_flops(self.graph, Layout(batch=batch, seq_len=length, prefix_len=self.prefix_len(seq_len)))
 
     def prefix_len(self, seq_len: int) -> int:
         """Tokens of the bidirectional prefix in a sequence: half for prefix decoders, else none.

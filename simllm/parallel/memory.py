@@ -10,10 +10,17 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from simllm.models.activations import Recompute, saved_bytes
-from simllm.models.graph import Graph, Implementation, Layout
+from simllm.models.graph import Graph, Implementation, Layout, Operator
 from simllm.parallel.plan import Plan
 from simllm.parallel.schedules import in_flight_chunks
-from simllm.parallel.stages import Stage, block_weights, stage_moments, stage_weights
+from simllm.parallel.stages import (
+    Stage,
+    block_frozen_bytes,
+    block_weights,
+    stage_frozen_bytes,
+    stage_moments,
+    stage_weights,
+)
 from simllm.parallel.states import StateBytes
 
 __all__ = ["MEMORY_KINDS", "StageMemory", "shard_degrees", "stage_memory"]
@@ -72,14 +79,25 @@ def kept_bytes(graph: Graph, layout: Layout, impl: Implementation, policy: Recom
 
 @lru_cache(maxsize=1 << 16)
 def gradient_workspace(graph: Graph, layout: Layout, impl: Implementation) -> float:
-    """Bytes of the gradients around the widest operator: those of its inputs and outputs."""
+    """Bytes at work around the widest operator of the backward pass: the gradients of its inputs and outputs.
+
+    A product with a quantised weight holds it expanded to the compute precision.
+    """
     return max(
         (
             sum(layout.elements(t) * impl.bytes_of(t) for t in (*operator.inputs, *operator.outputs))
+            + expanded_bytes(operator, layout, impl)
             for operator in graph.operators
+            if graph.runs_backward(operator)
         ),
         default=0.0,
     )
+
+
+def expanded_bytes(operator: Operator, layout: Layout, impl: Implementation) -> float:
+    """Bytes of the largest quantised weight of an operator in the compute precision: they are expanded one by one."""
+    stored = (layout.weight_elements(weight) for weight in operator.weights if weight.storage is not None)
+    return max(stored, default=0) * impl.activation_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +161,7 @@ def stage_memory(
     StageMemory
     """
     weights = stage_weights(stage, layout, plan.pp)
+    frozen = stage_frozen_bytes(stage, layout, plan.pp, states.gathered)
     moments = stage_moments(stage, layout, plan.pp, optimizer, states.moment_element)
     degrees = shard_degrees(plan, hsdp_shard)
 
@@ -152,7 +171,7 @@ def stage_memory(
 
     full = plan.shards_parameters
     by_kind = {
-        "parameters": kept(weights, states.parameter, full),
+        "parameters": kept(weights, states.parameter, full) + kept(frozen, 1, full),
         "gradients": kept(weights, states.gradient, full or plan.zero == "2"),
         "optimizer": kept(weights, states.master, plan.zero != "0") + kept(moments, 1, plan.zero != "0"),
     }
@@ -179,4 +198,7 @@ def _gathered_bytes(stage: Stage, layout: Layout, states: StateBytes) -> float:
     """Full sharding: the layer at work, the one fetched ahead, one layer's gradient, and what is outside the layers."""
     largest = max(sum(block_weights(graph, layout)) for graph, _ in stage.layers)
     outside = sum(sum(block_weights(graph, layout)) for graph in stage.extras)
-    return states.gathered * (3 * largest + outside)
+    # Frozen weights are gathered as they are stored, and have no gradient.
+    frozen = max(sum(block_frozen_bytes(graph, layout, states.gathered)) for graph, _ in stage.layers)
+    frozen_outside = sum(sum(block_frozen_bytes(graph, layout, states.gathered)) for graph in stage.extras)
+    return states.gathered * (3 * largest + outside) + 2 * frozen + frozen_outside

@@ -12,7 +12,16 @@ from simllm.models.activations import Recompute
 from simllm.models.graph import Layout
 from simllm.models.spec import AttentionSpec, MambaSpec, MoESpec
 
-__all__ = ["PRECISIONS", "SCHEDULES", "ZERO_STAGES", "Plan", "check_plan", "even_split", "split_layers"]
+__all__ = [
+    "PRECISIONS",
+    "SCHEDULES",
+    "ZERO_STAGES",
+    "Plan",
+    "check_plan",
+    "check_virtual_tokens",
+    "even_split",
+    "split_layers",
+]
 
 ZERO_STAGES = ("0", "1", "2", "3", "hsdp")
 SCHEDULES = ("gpipe", "1f1b", "interleaved")
@@ -259,6 +268,8 @@ def check_plan(model: Model, plan: Plan, seq_len: int) -> None:
             f"tp={plan.tp} without sequence_parallel in a mixture of experts would send every token tp times; "
             "switch sequence parallelism on"
         )
+    if plan.tp > 1 or plan.etp > 1:
+        _check_storage(model, plan)
     if seq_len % plan.cp:
         raise InputError(f"cp={plan.cp} does not divide seq_len={seq_len}")
     if plan.sequence_parallel and seq_len % (plan.cp * plan.tp):
@@ -266,6 +277,44 @@ def check_plan(model: Model, plan: Plan, seq_len: int) -> None:
     if plan.uneven_layers and plan.pp > spec.num_hidden_layers:
         raise InputError(f"pp={plan.pp} stages, but the model has {spec.num_hidden_layers} layers; use a smaller pp")
     split_layers(spec.num_hidden_layers, plan.pp * plan.vpp, plan.uneven_layers)
+
+
+def check_virtual_tokens(model: Model, seq_len: int) -> None:
+    """Refuse learned tokens that do not fit into the context beside the sequence.
+
+    Raises
+    ------
+    InputError
+        Naming the sequence that would fit.
+    """
+    virtual = model.method.virtual_tokens if model.method else 0
+    context = model.spec.context_length
+    if virtual and context is not None and seq_len + virtual > context:
+        raise InputError(
+            f"seq_len={seq_len} and virtual_tokens={virtual} exceed the context of {model.spec.name}, {context} tokens; "
+            f"use seq_len={context - virtual} or less"
+        )
+
+
+def _check_storage(model: Model, plan: Plan) -> None:
+    """Refuse to split quantised weights inside a block: the elements of a block share their scale.
+
+    A matrix is stored row by row, one row for each output: tensor parallelism over the outputs leaves whole rows, over
+    the inputs it cuts every row.
+    """
+    layout = plan.layout(1)
+    for part, _ in model.graph.parts:
+        for weight in part.weights:
+            if weight.storage is None or len(weight.axes) < 2:
+                continue
+            columns, piece = weight.axes[-2].size, layout.size(weight.axes[-2])
+            rows = layout.size(weight.axes[-1])
+            block = weight.storage.block
+            if (piece < columns and piece % block) or (piece * rows) % block:
+                raise InputError(
+                    f"tp={plan.tp} cuts {weight.name} ({weight.storage.name} in blocks of {block}) into pieces of "
+                    f"{piece} x {rows}, not on block borders; use a smaller tp or smaller blocks"
+                )
 
 
 def _check_heads(attention: AttentionSpec, tp: int) -> None:

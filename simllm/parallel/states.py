@@ -223,9 +223,16 @@ def block_moments(
     moments = optimizer_named(optimizer).moments
     dense = expert = 0.0
     for weight in graph.weights:
-        if not weight.stored(keep_tied):
+        if not weight.trained or not weight.stored(keep_tied):
             continue
-        size = moments(weight, tuple(layout.size(axis) for axis in weight.axes), element)
+        shape = tuple(layout.size(axis) for axis in weight.axes)
+        size = 0.0
+        if weight.moment_rank:
+            *batch, rows, columns = shape
+            rank = min(weight.moment_rank, rows, columns)
+            size += element * prod(batch) * rank * min(rows, columns)
+            shape = (*batch, max(rows, columns), rank)
+        size += moments(weight, shape, element)
         if weight.is_expert:
             expert += size
         else:

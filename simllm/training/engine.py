@@ -144,10 +144,11 @@ class Engine:
         precision, permute = self._treatment(operator)
         return self._price_work(operator.forward(layout, self.impl), precision, permute, 2)
 
-    def operator_backward(self, operator: Operator, layout: Layout) -> Cost:
-        """Seconds of the gradients of one operator's inputs and weights."""
+    def operator_backward(self, operator: Operator, layout: Layout, through: bool = True) -> Cost:
+        """Seconds of the gradients of one operator's weights and, where they are asked for, of its inputs."""
         precision, permute = self._treatment(operator)
-        work = operator.backward_input(layout, self.impl) + operator.backward_weight(layout, self.impl)
+        work = operator.backward_input(layout, self.impl) if through else ()
+        work += operator.backward_weight(layout, self.impl)
         return self._price_work(work, precision, permute, 4)
 
     def _treatment(self, operator: Operator) -> tuple[str, float]:
@@ -199,7 +200,8 @@ class Engine:
             forward += cost
             if operator.name in rerun:
                 again += cost
-            backward += self.operator_backward(operator, layout)
+            if graph.runs_backward(operator):
+                backward += self.operator_backward(operator, layout, graph.needs_input_gradient(operator))
         ahead = [c for c in collectives if c.phase == "forward"]
         behind = [c for c in collectives if c.phase == "backward"]
         forward += self._communication(ahead, groups, forward.attention)

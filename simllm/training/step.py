@@ -17,7 +17,14 @@ from simllm.parallel.memory import StageMemory, shard_degrees, stage_memory
 from simllm.parallel.placement import group_of
 from simllm.parallel.plan import Plan
 from simllm.parallel.schedules import pipeline_time
-from simllm.parallel.stages import Stage, block_weights, pipeline_stages, stage_moments, stage_weights
+from simllm.parallel.stages import (
+    Stage,
+    block_frozen_bytes,
+    block_weights,
+    pipeline_stages,
+    stage_moments,
+    stage_weights,
+)
 from simllm.parallel.states import StateBytes
 from simllm.training.cost import Cost
 from simllm.training.engine import BlockGroups, Engine
@@ -98,7 +105,8 @@ class Step:
         self.engine = engine_for(cluster, self.stack, plan.precision)
         self.graph = model.graph
         self.prefix_len = model.prefix_len(training.seq_len)
-        self.layout = plan.layout(training.seq_len, self.prefix_len, round(self.stack.vocab_multiple.si))
+        seq_len = training.seq_len + self.graph.virtual_tokens
+        self.layout = plan.layout(seq_len, self.prefix_len, round(self.stack.vocab_multiple.si))
         self.groups = BlockGroups(
             tp=group_of(plan, "tp"), cp=group_of(plan, "cp"), ep=group_of(plan, "ep"), etp=group_of(plan, "etp")
         )
@@ -142,7 +150,8 @@ class Step:
         if not self.plan.shards_parameters:
             return cost.forward, cost.backward + Cost(elementwise=self._accumulation_s(graph))
         weights = block_weights(graph, self.layout)
-        gather, reduce = self.exchange_s(self.gathers(*weights)), self.exchange_s(self.reductions(*weights))
+        gather = self.exchange_s(self.block_gathers(graph))
+        reduce = self.exchange_s(self.reductions(*weights))
         share = self.stack.overlap.fully_sharded_exposed.si
         forward = exposed(gather, cost.forward.total, share)
         backward = exposed(gather + reduce, cost.backward.total, share)
@@ -158,7 +167,7 @@ class Step:
 
     # -- data-parallel traffic -----------------------------------------------------------------------------------
 
-    def gathers(self, dense: int, expert: int) -> list[Exchange]:
+    def gathers(self, dense: float, expert: float) -> list[Exchange]:
         """What brings the compute copy of so many parameters to every rank once: nothing without sharding."""
         if self.plan.zero == "0":
             return []
@@ -172,7 +181,13 @@ class Step:
             ]
         return [Exchange(role, "all_gather", group, count * self.states.gathered) for role, count, group in shards]
 
-    def reductions(self, dense: int, expert: int) -> list[Exchange]:
+    def block_gathers(self, graph: Graph) -> list[Exchange]:
+        """The same of one block under full sharding, frozen weights as they are stored."""
+        dense, expert = block_weights(graph, self.layout)
+        frozen = block_frozen_bytes(graph, self.layout, self.states.gathered)
+        return self.gathers(dense + frozen[0] / self.states.gathered, expert + frozen[1] / self.states.gathered)
+
+    def reductions(self, dense: float, expert: float) -> list[Exchange]:
         """What sums the gradients of so many parameters over the ranks that share them."""
         operation = "all_reduce" if self.plan.zero == "0" else "reduce_scatter"
         found = []
@@ -184,7 +199,7 @@ class Step:
                 found.append(Exchange(f"{role}_replicas", "all_reduce", replicas, size / group.size))
         return found
 
-    def _shards(self, dense: int, expert: int) -> tuple[tuple[str, int, Group, Group], ...]:
+    def _shards(self, dense: float, expert: float) -> tuple[tuple[str, float, Group, Group], ...]:
         """Parameters with the group that shards them and that of its replicas: dense ones, then experts."""
         plan = self.plan
         experts = group_of(plan, "expert_dp")
@@ -309,7 +324,7 @@ class Step:
 
     def recompute_flops(self) -> int:
         """FLOPs of the step that recomputation adds, over full attention."""
-        layout = Layout(seq_len=self.training.seq_len, prefix_len=self.prefix_len)
+        layout = Layout(seq_len=self.training.seq_len + self.graph.virtual_tokens, prefix_len=self.prefix_len)
         policy = self.plan.recompute
         total = 0.0
         for graph, times in self.graph.layer_parts:

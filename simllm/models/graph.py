@@ -43,11 +43,12 @@ AxisName = Literal[
     "vocab",
     "experts",
     "virtual",  # learned tokens beside those of the sequence; `size` of them in every sequence
+    "learned",  # learned tokens before they are copied to every sequence
     "fixed",  # never sharded
 ]
 _TP_AXES = frozenset({"heads", "kv_heads", "ffn", "vocab", "inner"})
 _FIXED_BYTES = {"float32": 4, "mask": 1, "index": 8}
-_TOKEN_AXES = frozenset({"tokens", "source_tokens", "routed", "virtual"})
+_TOKEN_AXES = frozenset({"tokens", "source_tokens", "routed", "virtual", "learned"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,7 +78,7 @@ class PrefixTuning(Virtual):
         editor = Editor(block)
         lent = self._lent(hidden)
         if self.projection:
-            table, operators = learned_table("prefix_table", self.virtual_tokens, Axis("fixed", width))
+            table, operators = learned_table("prefix_table", self.virtual_tokens, Axis("fixed", width), "virtual")
             inner = Tensor("prefix_inner", lent.axes)
             weights = (
                 Weight("prefix_down.weight", (table.axes[1], lent.axes[1]), "prompt"),

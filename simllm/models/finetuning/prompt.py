@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from simllm.errors import InputError
 from simllm.models.finetuning.method import Method, check_count
@@ -61,10 +61,12 @@ def check_context(virtual_tokens: int, spec: ModelSpec) -> None:
         )
 
 
-def learned_table(name: str, rows: int, width: Axis) -> tuple[Tensor, tuple[Operator, ...]]:
-    """A table of learned tokens, looked up once a micro-batch; the same ids serve every sequence."""
+def learned_table(
+    name: str, rows: int, width: Axis, axis: Literal["learned", "virtual"] = "learned"
+) -> tuple[Tensor, tuple[Operator, ...]]:
+    """A table of learned tokens, looked up once (``learned``) or for every sequence (``virtual``), as peft does."""
     ids = Tensor(f"{name}_ids", (Axis("fixed", rows),), "index")
-    out = Tensor(name, (Axis("virtual", rows), width))
+    out = Tensor(name, (Axis(axis, rows), width))
     weight = Weight(f"{name}.weight", (Axis("fixed", rows), width), "prompt")
     return out, (Embedding(name=name, component="prompt", inputs=(ids,), outputs=(out,), weights=(weight,)),)
 

@@ -67,7 +67,8 @@ class LoRA(Targeted):
         editor = Editor(block)
         for module in targets.in_block(block):
             check_rank(self.rank, module.name, module.in_features, module.out_features)
-            self.adapt(editor, module, spec)
+            method = replace(self, rank=2 * self.rank) if module.name in targets.doubled else self
+            method.adapt(editor, module, spec)
         return editor.graph()
 
     def adapt(self, editor: Editor, module: Module, spec: ModelSpec) -> None:

@@ -50,7 +50,7 @@ def default_targets(scheme: Mapping[str, str]) -> tuple[str, ...]:
     """
     chosen = []
     for module, part in scheme.items():
-        operator, _, weights = part.partition(" -")[0].partition(":")
+        operator, _, weights = part.partition(" ")[0].partition(":")
         parts = weights.split(",")
         if operator == "qkv" and any(part in parts for part in _DEFAULT_PARTS):
             chosen.append(module)

@@ -1,7 +1,8 @@
 """What the modules of a layer are called in Hugging Face's classes: for every ``model_type``, module -> part of the graph.
 
 A part is written ``operator:weight,weight``: the product that the graph makes of a module, and which of its weights the
-module holds; several where the module is fused. ``-operator`` behind it: only in layers that do not have that operator.
+module holds; several where the module is fused. ``-operator`` or ``+operator`` behind it: only in layers without, or with, that
+operator.
 Where the public class is not transformers' own, a second scheme has the names of the other one.
 """
 
@@ -10,7 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-__all__ = ["schemes_of"]
+__all__ = ["STACKED_EXPERTS", "schemes_of"]
+
+#: Families whose experts were modules in transformers 4 and are one parameter since: ``all-linear`` still means them and
+#: the router, as peft reads it.
+STACKED_EXPERTS: Final = frozenset(
+    {"deepseek_v2", "deepseek_v3", "dots1", "glm4_moe", "kimi_k2", "minimax_m2", "mixtral", "olmoe", "qwen3_moe"}
+)
 
 Scheme = Mapping[str, str]
 
@@ -70,19 +77,21 @@ _CHATGLM: Final = {
     "mlp.dense_4h_to_h": "down:down",
 }
 _MPT: Final = {"attn.Wqkv": _FUSED, "attn.out_proj": "o:o"} | _plain("ffn.up_proj", "ffn.down_proj")
+_ROUTER: Final = {"mlp.gate": "router:router"}
 _LLAMA_MOE: Final = _LLAMA | _experts("mlp.experts")
 _SHARED: Final = _gated("mlp.shared_experts", "shared_")
 _DEEPSEEK: Final = (
     {
         "self_attn.q_proj": "q_b:q_b -q_a",
         "self_attn.q_a_proj": "q_a:q_a",
-        "self_attn.q_b_proj": "q_b:q_b",
+        "self_attn.q_b_proj": "q_b:q_b +q_a",
         "self_attn.kv_a_proj_with_mqa": "kv_a:kv_a,k_rope",
         "self_attn.kv_b_proj": "kv_b:k_b,v_b",
         "self_attn.o_proj": "o:o",
     }
     | _gated("mlp")
     | _SHARED
+    | _ROUTER
     | _experts("mlp.experts")
 )
 _QWEN2_MOE: Final = (
@@ -127,7 +136,12 @@ _BERT: Final = {
     "output.dense": "down:down",
 }
 _STARCODER2: Final = _attention("self_attn") | _plain("mlp.c_fc", "mlp.c_proj")
-_LLAMA4: Final = _attention("self_attn") | _gated("feed_forward") | _gated("feed_forward.shared_expert", "shared_")
+_LLAMA4: Final = (
+    _attention("self_attn")
+    | _gated("feed_forward")
+    | _gated("feed_forward.shared_expert", "shared_")
+    | {"feed_forward.router": "router:router"}
+)
 #: Models without a public class: the graph's own names.
 _OWN: Final = (
     _attention("attention", "o", "{}")
@@ -146,13 +160,13 @@ _SCHEMES: Final[Mapping[str, tuple[Scheme, ...]]] = {
     "deepseek": (_LLAMA_MOE | _SHARED,),
     "deepseek_v2": (_DEEPSEEK,),
     "deepseek_v3": (_DEEPSEEK,),
-    "dots1": (_LLAMA_MOE | _SHARED,),
+    "dots1": (_LLAMA_MOE | _SHARED | _ROUTER,),
     "falcon": (_BLOOM,),
     "falcon_mamba": ({f"mixer.{name}": part for name, part in _MAMBA.items()},),
     "glm": (_GLM,),
     "glm-130b": (_NEOX,),
     "glm4": (_GLM,),
-    "glm4_moe": (_LLAMA_MOE | _SHARED,),
+    "glm4_moe": (_LLAMA_MOE | _SHARED | _ROUTER,),
     "gpt2": (_GPT2,),
     "gpt_bigcode": (_GPT2,),
     "gpt_neo": (_attention("attn.attention", "out_proj") | _plain("mlp.c_fc", "mlp.c_proj"),),
@@ -181,18 +195,18 @@ _SCHEMES: Final[Mapping[str, tuple[Scheme, ...]]] = {
     "m2m_100": (_BART,),
     "mamba": ({f"mixer.{name}": part for name, part in _MAMBA.items()},),
     "mbart": (_BART,),
-    "minimax_m2": (_attention("self_attn") | _experts("mlp.experts"),),
-    "mixtral": (_attention("self_attn") | _experts("mlp.experts"),),
+    "minimax_m2": (_attention("self_attn") | _ROUTER | _experts("mlp.experts"),),
+    "mixtral": (_attention("self_attn") | _ROUTER | _experts("mlp.experts"),),
     "mosaic_gpt": (_MPT,),
     "mpt": (_MPT,),
     "mt5": (_T5,),
     "nemotron": (_attention("self_attn") | _plain("mlp.up_proj", "mlp.down_proj"),),
-    "olmoe": (_attention("self_attn") | _experts("mlp.experts"),),
+    "olmoe": (_attention("self_attn") | _ROUTER | _experts("mlp.experts"),),
     "openai-gpt": (_GPT2,),
     "opt": (_OPT | _OUTSIDE,),
     "phi": (_attention("self_attn", "dense") | _plain("mlp.fc1", "mlp.fc2"),),
     "phi3": (_PHI3,),
-    "phimoe": (_attention("self_attn") | _experts("mlp.experts"),),
+    "phimoe": (_attention("self_attn") | _experts("mlp.experts") | {"mlp.router": "router:router"},),
     "qwen": (
         {
             "attn.c_attn": _FUSED,
@@ -203,7 +217,7 @@ _SCHEMES: Final[Mapping[str, tuple[Scheme, ...]]] = {
         },
     ),
     "qwen2_moe": (_QWEN2_MOE,),
-    "qwen3_moe": (_LLAMA_MOE,),
+    "qwen3_moe": (_LLAMA_MOE | _ROUTER,),
     "roberta": (_BERT | {"lm_head.dense": "transform:transform"},),
     "starcoder2": (_STARCODER2,),
     "switch_transformers": (_SWITCH,),

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from simllm.errors import InputError, unknown_name
-from simllm.models.finetuning.names import Scheme, schemes_of
+from simllm.models.finetuning.names import STACKED_EXPERTS, Scheme, schemes_of
 from simllm.models.graph import Graph, ModelGraph, Operator, Tensor, Weight
 from simllm.models.operators import GroupedProjection, Projection, Router
 from simllm.models.spec import ModelSpec
@@ -16,6 +16,7 @@ __all__ = ["ALL_LINEAR", "Module", "Targets", "modules_of", "names_in", "parse_t
 ALL_LINEAR = "all-linear"
 #: Families whose experts are modules of their own, which ``all-linear`` means too; elsewhere they are one parameter.
 _EXPERT_MODULES = frozenset({"switch_transformers"})
+_FORMER = frozenset({"gate_proj", "up_proj", "down_proj"})
 _HEAD = {"lm_head": "lm_head:lm_head"}
 
 
@@ -53,10 +54,10 @@ def modules_of(graph: Graph, scheme: Scheme) -> Iterator[Module]:
     """The modules of one block that a scheme names."""
     operators = {operator.name: operator for operator in graph.operators}
     for name, part in (scheme | _HEAD).items():
-        where, _, unless = part.partition(" -")
+        where, _, condition = part.partition(" ")
         address, _, weights = where.partition(":")
         operator = operators.get(address)
-        if operator is None or unless in operators:
+        if operator is None or (condition and (condition[1:] in operators) != condition.startswith("+")):
             continue
         module = _module(name, operator, weights.split(","))
         if module is not None:
@@ -107,6 +108,8 @@ class Targets:
 
     scheme: Scheme
     names: frozenset[str]
+    #: Those of two matrices side by side that had a pair each: one pair of twice the rank stands for both.
+    doubled: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, wanted: Iterable[str], model: ModelGraph, spec: ModelSpec) -> Targets:
@@ -120,15 +123,7 @@ class Targets:
         wanted = tuple(wanted)
         schemes = schemes_of(spec.model_type)
         if wanted == (ALL_LINEAR,):
-            own = names_in(model, schemes[0])
-            experts = spec.model_type not in _EXPERT_MODULES
-            skip = {
-                module.name
-                for part, _ in model.parts
-                for module in modules_of(part, schemes[0])
-                if module.name in _HEAD or (experts and module.is_expert)
-            }
-            return cls(scheme=schemes[0], names=frozenset(own) - skip)
+            return cls._all_linear(model, spec, schemes[0])
         for scheme in schemes:
             own = names_in(model, scheme)
             if all(any(_means(target, name) for name in own) for target in wanted):
@@ -137,6 +132,17 @@ class Targets:
         own = names_in(model, schemes[0])
         missing = next(target for target in wanted if not any(_means(target, name) for name in own))
         raise unknown_name(f"target of {spec.name}", missing, own, f"(its modules: {', '.join(own)}; or {ALL_LINEAR})")
+
+    @classmethod
+    def _all_linear(cls, model: ModelGraph, spec: ModelSpec, scheme: Scheme) -> Targets:
+        modules = {m.name: m for part, _ in model.parts for m in modules_of(part, scheme) if m.name not in _HEAD}
+        if spec.model_type not in STACKED_EXPERTS:
+            experts = spec.model_type in _EXPERT_MODULES
+            return cls(scheme=scheme, names=frozenset(n for n, m in modules.items() if experts or not m.is_expert))
+        # peft reads the names of the experts' former modules as those of the parameters, wherever else they stand.
+        dense = {name for name, m in modules.items() if name.rpartition(".")[2] in _FORMER and not m.is_expert}
+        fused = frozenset(name for name, m in modules.items() if m.is_expert and len(m.weights) > 1)
+        return cls(scheme=scheme, names=frozenset(modules) - dense, doubled=fused)
 
     def in_block(self, graph: Graph) -> tuple[Module, ...]:
         """The chosen modules of one block."""

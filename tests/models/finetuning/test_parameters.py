@@ -143,6 +143,8 @@ def _draw(kind: str, random: Random) -> tuple[str, dict[str, Any], Any]:
         names = [name for name in names if name.startswith("self_attn")]
     rank = random.choice([1, 2, 3, 8])
     name = random.choice(["lora", "lora", "lora everywhere", "dora", "adalora", "vera", "ia3", "prompt", "p-tuning"])
+    if model.spec.architecture == "encoder" and name in ("prompt", "p-tuning"):
+        name = "lora everywhere"  # peft's classes with prompts are for generation and classification
     targets = random.sample(names, random.randint(1, len(names)))
     fan = {"fan_in_fan_out": kind in ("gpt2", "openai-gpt", "gpt_bigcode")}
     if "router" in "".join(targets) and name in ("dora", "vera", "ia3"):
@@ -166,15 +168,20 @@ def _draw(kind: str, random: Random) -> tuple[str, dict[str, Any], Any]:
         config = peft.IA3Config(target_modules=targets, feedforward_modules=inner, **fan)
         return name, {"targets": tuple(targets), "feedforward": tuple(inner)}, config
     virtual, hidden = random.randint(1, 60), random.choice([16, 48])
+    # peft asks for a number of heads where a config states none, and does not use it.
+    heads = {"num_attention_heads": 1}
     task = "SEQ_2_SEQ_LM" if model.spec.encoder is not None else "CAUSAL_LM"
     if name == "prompt":
-        return name, {"virtual_tokens": virtual}, peft.PromptTuningConfig(num_virtual_tokens=virtual, task_type=task)
+        return name, {"virtual_tokens": virtual}, peft.PromptTuningConfig(
+            num_virtual_tokens=virtual, task_type=task, **heads
+        )
     network = random.choice(["mlp", "lstm"])
     config = peft.PromptEncoderConfig(
         num_virtual_tokens=virtual,
         encoder_hidden_size=hidden,
         task_type=task,
         encoder_reparameterization_type=network.upper(),
+        **heads,
     )
     return name, {"virtual_tokens": virtual, "encoder_hidden_size": hidden, "encoder": network}, config
 

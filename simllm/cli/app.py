@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from simllm.cli import calibrate, collective, estimate, hardware, models, plan, validate
+from simllm.cli import calibrate, collective, estimate, finetune, hardware, models, plan, validate
 from simllm.cli.output import ReaderGoneError
 from simllm.errors import InputError, unknown_name
 
@@ -61,6 +61,7 @@ def _build() -> Any:
     app.command("collective")(collective.collective)
     app.command("estimate")(estimate.estimate)
     app.command("plan")(plan.plan)
+    app.command("finetune")(finetune.finetune)
     return get_command(app)
 
 

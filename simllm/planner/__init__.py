@@ -1,5 +1,6 @@
 """Which plan is best, and why the others are not."""
 
+from simllm.planner.finetune import FineTuning, compare_methods, finetune
 from simllm.planner.search import OBJECTIVES, PlanSearch, plan
 
-__all__ = ["OBJECTIVES", "PlanSearch", "plan"]
+__all__ = ["OBJECTIVES", "FineTuning", "PlanSearch", "compare_methods", "finetune", "plan"]

@@ -164,7 +164,7 @@ def largest_batch(model: Model, cluster: Cluster, best: Plan, training: Training
 @cache
 def _accelerators() -> tuple[Accelerator, ...]:
     """The catalog's devices, the smallest memory first, of equal ones the slowest."""
-    cards = (load_accelerator(name) for name in list_profiles("accelerator"))
+    cards = (load_accelerator(name) for name in list_profiles("accelerators"))
     return tuple(sorted(cards, key=lambda card: (card.memory_bytes, max(card.peak_flops.values()))))
 
 

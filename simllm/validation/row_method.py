@@ -44,12 +44,20 @@ def fine_tuned(row: Row, model: Model) -> Model:
 
 
 def must_have_fitted(row: Row, answer: Estimate) -> Estimate:
-    """Of a fine-tuning run that does not state recomputation and could not have run without it: with full recomputation."""
+    """Of a fine-tuning run that states no recomputation and does not fit without: with the least that makes it fit.
+
+    Megatron recomputes some of the layers, transformers all of them.
+    """
     if answer.model.method is None or answer.fits or row.text("recompute"):
         return answer
-    again = replace(answer.plan, recompute=Recompute(kind="full"))
-    row.assume("recomputation is not stated, and without it the run does not fit: full recomputation")
-    return estimate(answer.model, answer.cluster, again, answer.training)
+    whole = row.text("framework").startswith("HF")
+    for every in (1,) if whole else (8, 4, 2, 1):
+        again = replace(answer.plan, recompute=Recompute(kind="full", every=every))
+        priced = estimate(answer.model, answer.cluster, again, answer.training)
+        if priced.fits or every == 1:
+            break
+    row.assume(f"recomputation is not stated, and without it the run does not fit: recompute={again.recompute}")
+    return priced
 
 
 def _attention_modules(graph: ModelGraph, spec: ModelSpec) -> tuple[str, ...]:

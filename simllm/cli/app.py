@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from simllm.cli import calibrate, collective, estimate, finetune, hardware, models, plan, validate
+from simllm.cli import align, calibrate, collective, estimate, finetune, hardware, models, plan, validate
 from simllm.cli.output import ReaderGoneError
 from simllm.errors import InputError, unknown_name
 
@@ -62,6 +62,7 @@ def _build() -> Any:
     app.command("estimate")(estimate.estimate)
     app.command("plan")(plan.plan)
     app.command("finetune")(finetune.finetune)
+    app.command("align")(align.align)
     return get_command(app)
 
 

@@ -231,6 +231,9 @@ class Layout:
         Tokens of the bidirectional prefix, for prefix decoders.
     vocab_multiple : int
         The vocabulary on each rank is padded to a multiple of this.
+    cached : int
+        Tokens of every sequence whose keys and values are in a cache: generation asks about ``seq_len`` tokens after
+        them.
     """
 
     batch: int = 1
@@ -243,6 +246,7 @@ class Layout:
     sequence_parallel: bool = False
     prefix_len: int = 0
     vocab_multiple: int = 1
+    cached: int = 0
 
     _DEGREE: ClassVar[dict[str, str]] = {
         "heads": "tp",
@@ -272,7 +276,7 @@ class Layout:
             # Each rank sends and, with balanced routing, receives this many; expert-tensor ranks share their tokens.
             return tokens // (self.tp if self.sequence_parallel else 1) * self.etp
         if name == "keys":
-            return self.seq_len
+            return self.seq_len + self.cached
         if name == "source_keys":
             return self.encoder_len
         if name == "virtual":

@@ -187,9 +187,13 @@ class Attention(Operator):
         heads = layout.size(q.axes[1]) // self.head_dim
         kv_heads = layout.size(k.axes[1]) // self.head_dim
         source = layout.encoder_len
-        seq_k = source if self.key_axis == "source_keys" else layout.seq_len
+        cached = layout.cached if self.key_axis == "keys" else 0
+        seq_k = source if self.key_axis == "source_keys" else layout.seq_len + cached
         seq_q = source if q.axes[0].name == "source_tokens" else layout.seq_len
-        pairs = attended_pairs(self.mask, seq_q, seq_k, self.sliding_window, layout.prefix_len)
+        pairs = attended_pairs(self.mask, seq_q + cached, seq_k, self.sliding_window, layout.prefix_len)
+        if cached:
+            # The queries of the cached tokens have been asked before.
+            pairs -= attended_pairs(self.mask, cached, cached, self.sliding_window, layout.prefix_len)
         if self.virtual_keys:
             seq_k, pairs = seq_k + self.virtual_keys, pairs + seq_q * self.virtual_keys
         # Context parallelism deals the queries out so that every rank has the same number of pairs.

@@ -10,6 +10,7 @@ from typing import Any, Final
 from simllm.errors import InputError
 from simllm.hardware import Accelerator, Cluster, load_accelerator
 from simllm.hardware.profiles import list_profiles
+from simllm.kernels.profile import load_form
 from simllm.models import Model
 from simllm.models.activations import Recompute
 from simllm.parallel.plan import Plan
@@ -172,8 +173,9 @@ def smallest_gpu(model: Model, cluster: Cluster, training: Training, precision: 
     """The device with the least memory that fine-tunes one sequence at a time with full recomputation."""
     single = Plan(zero="0", recompute=Recompute(kind="full"), precision=precision)
     (memory,) = Step(model, cluster, single, training).memory()
-    room = 1 - training.memory_headroom
-    return next((card for card in _accelerators() if memory.peak_bytes <= card.memory_bytes * room), None)
+    room, peak = 1 - training.memory_headroom, load_form().precisions[precision].peak
+    able = (card for card in _accelerators() if peak in card.peak_flops)
+    return next((card for card in able if memory.peak_bytes <= card.memory_bytes * room), None)
 
 
 def compare_methods(

@@ -102,9 +102,9 @@ def comparison_report(
             f"on {one.cluster.num_gpus} x {one.cluster.accelerator.name} ({one.cluster.name}), sequences of "
             f"{one.training.seq_len}, {one.plan.global_batch_size} a step"
         )
-    columns = ("method", "trained", "share", "weights", "states", "activ.", "peak", "fits", "batch", "tokens/s", "smallest GPU")
+    columns = ("method", "trained", "weights", "states", "activ.", "peak", "fits", "batch", "tok/s", "smallest GPU")
     if tokens is not None:
-        columns = (*columns[:-1], "dataset", columns[-1])
+        columns = (*columns[:-1], "time", columns[-1])
     rows = [_row(name, answer, tokens) for name, answer in answers if not answer.refused]
     refused = [answer.refused for _, answer in answers if answer.refused]
     return [
@@ -113,7 +113,7 @@ def comparison_report(
         table(columns, rows, left=("method", "fits", "smallest GPU")),
         Text(),
         paragraph(
-            "Memory of a GPU under the best plan, or the one nearest to fitting: weights, gradients and optimizer "
+            "GiB of a GPU under the best plan, or the one nearest to fitting: weights, gradients and optimizer "
             "states, activations and what is at work. batch: sequences that a GPU can hold at once. smallest GPU: one "
             "sequence at a time, everything recomputed."
         ),
@@ -121,23 +121,30 @@ def comparison_report(
     ]
 
 
+def _gib(size: float) -> str:
+    """GiB with a digit behind the point, so that a table stays narrow.
+
+    >>> _gib(3 * 2**29)
+    '1.5'
+    """
+    return f"{size / 2**30:.1f}"
+
+
 def _row(name: str, answer: FineTuning, tokens: int | None) -> tuple[str, ...]:
     trained = answer.model.trainable_parameters
-    share = f"{trained / answer.model.parameters.total:.2%}"
     best, card = answer.best, answer.smallest_gpu
     smallest = card.name if card else "none"
     dataset = () if tokens is None else (format_duration(best.training_time_s(tokens)) if best and answer.fits else "-",)
     if best is None:
-        return (name, format_count(trained), share, "-", "-", "-", "-", "no", "-", "-", *dataset, smallest)
+        return (name, format_count(trained), "-", "-", "-", "-", "no", "-", "-", *dataset, smallest)
     kinds = best.peak_stage.by_kind
     return (
         name,
         format_count(trained),
-        share,
-        format_bytes(kinds["parameters"]),
-        format_bytes(kinds["gradients"] + kinds["optimizer"]),
-        format_bytes(kinds["activations"] + kinds["working"] + kinds["gathered"]),
-        format_bytes(best.peak_memory_bytes),
+        _gib(kinds["parameters"]),
+        _gib(kinds["gradients"] + kinds["optimizer"]),
+        _gib(kinds["activations"] + kinds["working"] + kinds["gathered"]),
+        _gib(best.peak_memory_bytes),
         "yes" if answer.fits else "no",
         str(answer.largest_micro_batch) if answer.fits else "-",
         f"{best.tokens_per_s_per_gpu * best.plan.num_gpus:,.0f}" if answer.fits else "-",

@@ -46,7 +46,9 @@ def _number(name: str, text: str) -> Any:
 def finetune(
     model: Annotated[
         list[str],
-        typer.Argument(metavar="MODEL", help="A model as for the other commands; compare MODEL lays all methods side by side."),
+        typer.Argument(
+            metavar="MODEL", help="A model as for the other commands; compare MODEL lays all methods side by side."
+        ),
     ],
     method: Annotated[
         str | None,
@@ -73,7 +75,9 @@ def finetune(
         str | None, typer.Option("--feedforward", metavar="NAMES", help="IA3: targets whose input is scaled.")
     ] = None,
     virtual_tokens: Annotated[Number, _number("--virtual-tokens", "Learned tokens of prompts and prefixes.")] = None,
-    projection: Annotated[bool, typer.Option("--projection", help="Prefix tuning with its reparameterisation.")] = False,
+    projection: Annotated[
+        bool, typer.Option("--projection", help="Prefix tuning with its reparameterisation.")
+    ] = False,
     encoder_hidden_size: Annotated[
         Number, _number("--encoder-hidden-size", "Width of the network of p-tuning and of a projected prefix.")
     ] = None,
@@ -87,7 +91,9 @@ def finetune(
     block: Annotated[Number, _number("--block", "QLoRA: elements that share a scale.")] = None,
     cluster: Annotated[
         str | None,
-        typer.Option("--cluster", metavar="NAME", help="A system of the catalog or a YAML file; without it, counts only."),
+        typer.Option(
+            "--cluster", metavar="NAME", help="A system of the catalog or a YAML file; without it, counts only."
+        ),
     ] = None,
     gpus: Gpus = "1",
     global_batch_size: Annotated[
@@ -206,7 +212,7 @@ def _length(text: str | None, model: Model, tuned: Model) -> str:
     """The length asked for; the default leaves room for learned tokens."""
     length = sequence_length(text, model)
     # A comparison leaves the room that its methods with learned tokens need.
-    room = tuned.method.virtual_tokens if tuned.method else 20
+    room = tuned.method.context_tokens if tuned.method else 20
     context = model.spec.context_length
     if text is None and context is not None and length + room > context:
         length = context - room

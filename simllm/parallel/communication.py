@@ -79,7 +79,7 @@ class _Reader:
             return
         self.entered.add(tensor.name)
         size = self.full_bytes(tensor)
-        # The input is needed again for gradients of weights only; its own gradient where something before it is trained.
+        # The input is needed again for gradients of weights; its own gradient where something before it is trained.
         again = any(weight.trained and len(weight.axes) > 1 for weight in operator.weights)
         through = tensor.name in self.graph.differentiated
         if self.layout.sequence_parallel:

@@ -287,12 +287,12 @@ def check_virtual_tokens(model: Model, seq_len: int) -> None:
     InputError
         Naming the sequence that would fit.
     """
-    virtual = model.method.virtual_tokens if model.method else 0
+    virtual = model.method.context_tokens if model.method else 0
     context = model.spec.context_length
     if virtual and context is not None and seq_len + virtual > context:
         raise InputError(
-            f"seq_len={seq_len} and virtual_tokens={virtual} exceed the context of {model.spec.name}, {context} tokens; "
-            f"use seq_len={context - virtual} or less"
+            f"seq_len={seq_len} and virtual_tokens={virtual} exceed the context of {model.spec.name}, "
+            f"{context} tokens; use seq_len={context - virtual} or less"
         )
 
 

@@ -71,9 +71,7 @@ def plan_alignment(
     if task not in TASKS:
         raise InputError(f"unknown alignment task {task!r}; known: {', '.join(TASKS)}")
     policy = model.finetuned(method) if method else model
-    search = plan(
-        policy, cluster, training, global_batch_size=global_batch_size, precision=precision, top=_TRIED
-    )
+    search = plan(policy, cluster, training, global_batch_size=global_batch_size, precision=precision, top=_TRIED)
     candidates = [answer.plan for answer in search.plans] or ([search.nearest.plan] if search.nearest else [])
     found: list[Alignment] = []
     nearest: Alignment | None = None

@@ -1,4 +1,4 @@
-"""Fine-tuning on a cluster: the best plan, the batch that fits, the smallest GPU that would do, all methods side by side."""
+"""Fine-tuning on a cluster: the best plan, the batch that fits, the smallest GPU for it, methods side by side."""
 
 from __future__ import annotations
 
@@ -40,6 +40,8 @@ COMPARED: Final[tuple[tuple[str, Mapping[str, Any]], ...]] = (
     ("qlora", {"rank": 16, "targets": ("all-linear",)}),
 )
 
+#: Devices that this software runs on.
+_GPU_VENDORS = frozenset({"NVIDIA", "AMD"})
 #: Beyond this a batch is limited by learning, not by memory.
 _LARGEST_BATCH = 4096
 
@@ -174,7 +176,7 @@ def smallest_gpu(model: Model, cluster: Cluster, training: Training, precision: 
     single = Plan(zero="0", recompute=Recompute(kind="full"), precision=precision)
     (memory,) = Step(model, cluster, single, training).memory()
     room, peak = 1 - training.memory_headroom, load_form().precisions[precision].peak
-    able = (card for card in _accelerators() if peak in card.peak_flops)
+    able = (card for card in _accelerators() if peak in card.peak_flops and card.vendor in _GPU_VENDORS)
     return next((card for card in able if memory.peak_bytes <= card.memory_bytes * room), None)
 
 

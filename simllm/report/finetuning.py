@@ -102,7 +102,18 @@ def comparison_report(
             f"on {one.cluster.num_gpus} x {one.cluster.accelerator.name} ({one.cluster.name}), sequences of "
             f"{one.training.seq_len}, {one.plan.global_batch_size} a step"
         )
-    columns = ("method", "trained", "weights", "states", "activ.", "peak", "fits", "batch", "tok/s", "smallest GPU")
+    columns: tuple[str, ...] = (
+        "method",
+        "trained",
+        "weights",
+        "states",
+        "activ.",
+        "peak",
+        "fits",
+        "batch",
+        "tok/s",
+        "smallest GPU",
+    )
     if tokens is not None:
         columns = (*columns[:-1], "time", columns[-1])
     rows = [_row(name, answer, tokens) for name, answer in answers if not answer.refused]
@@ -134,7 +145,9 @@ def _row(name: str, answer: FineTuning, tokens: int | None) -> tuple[str, ...]:
     trained = answer.model.trainable_parameters
     best, card = answer.best, answer.smallest_gpu
     smallest = card.name if card else "none"
-    dataset = () if tokens is None else (format_duration(best.training_time_s(tokens)) if best and answer.fits else "-",)
+    dataset = (
+        () if tokens is None else (format_duration(best.training_time_s(tokens)) if best and answer.fits else "-",)
+    )
     if best is None:
         return (name, format_count(trained), "-", "-", "-", "-", "no", "-", "-", *dataset, smallest)
     kinds = best.peak_stage.by_kind

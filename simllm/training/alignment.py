@@ -1,7 +1,8 @@
 """Alignment: supervised fine-tuning, reward model, PPO, DPO and ORPO as the passes they are made of.
 
-Every pass is an estimate of a model of its own on the same plan: the trained policy, the same model frozen as reference,
-a model with a value head. A step is the sum of its passes, memory what all models keep and the largest that one pass adds.
+Every pass is an estimate of a model of its own on the same plan: the trained policy, the same model frozen as
+reference, a model with a value head. A step is the sum of its passes, memory what all models keep and the largest that
+one pass adds.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ __all__ = ["TASKS", "Alignment", "Pass", "align"]
 TASKS: Final[Mapping[str, str]] = {
     "sft": "one sequence through the policy, forward and backward",
     "reward": "a chosen and a rejected answer through the reward model (Ouyang 2022, arXiv:2203.02155, equation 1)",
-    "dpo": "both answers through the policy, and forward through the frozen reference (Rafailov 2023, arXiv:2305.18290)",
+    "dpo": "both answers through the policy, and forward through the reference (Rafailov 2023, arXiv:2305.18290)",
     "orpo": "both answers through the policy, no reference (Hong 2024, arXiv:2403.07691)",
     "ppo": "responses are generated, scored by reference, reward and value model, and trained on by policy and value "
     "model (Ouyang 2022, arXiv:2203.02155)",
@@ -213,9 +214,7 @@ def align(
         raise InputError(f"prompt_len={prompt_len} must be from 1 to {training.seq_len - 1}, below seq_len")
     pair = task in ("reward", "dpo", "orpo")
     if pair:
-        plan = replace(
-            plan, micro_batch_size=2 * plan.micro_batch_size, global_batch_size=2 * plan.global_batch_size
-        )
+        plan = replace(plan, micro_batch_size=2 * plan.micro_batch_size, global_batch_size=2 * plan.global_batch_size)
 
     def ask(role: Model) -> Estimate:
         return estimate(role, cluster, plan, training)
@@ -267,9 +266,7 @@ def align(
             # A trained model that is only asked: its frozen twin's forward pass.
             twin = reference if role == "policy" else judged.finetuned(ValueHead(inner=Frozen()))
             answer, times = ask(twin), 1
-        passes.append(
-            Pass(name=name, role=role, time_s=times * answer.step_time_s, transient_bytes=_transient(answer))
-        )
+        passes.append(Pass(name=name, role=role, time_s=times * answer.step_time_s, transient_bytes=_transient(answer)))
     one = next(iter(roles.values()))
     return Alignment(
         task=task,

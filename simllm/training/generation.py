@@ -53,8 +53,8 @@ def generate(
     """Time and cache of ``batch`` responses a data-parallel rank.
 
     A step that writes a token runs every operator on one token of each sequence, its attention against all tokens
-    before: memory reads of weights and cache dominate. Time is linear in the cached tokens, so the mean of the first and
-    the last step stands for all. Sharded parameters are gathered once, as DeepSpeed-Chat's hybrid engine does
+    before: memory reads of weights and cache dominate. Time is linear in the cached tokens, so the mean of the first
+    and the last step stands for all. Sharded parameters are gathered once, as DeepSpeed-Chat's hybrid engine does
     (arXiv:2308.01320, section 4).
 
     Parameters
@@ -92,13 +92,18 @@ def generate(
     if plan.shards_parameters:
         gather = sum(times * step.exchange_s(step.block_gathers(part)) for part, times in parts)
         for part, times in parts:
-            trained, frozen = block_weights(part, step.layout), block_frozen_bytes(part, step.layout, step.states.gathered)
+            trained, frozen = (
+                block_weights(part, step.layout),
+                block_frozen_bytes(part, step.layout, step.states.gathered),
+            )
             weights += times * (sum(trained) * step.states.gathered + sum(frozen))
     return Generation(
         prefill_s=_forward_s(step, prompt),
         decode_s=decode,
         gather_s=gather,
-        cache_bytes=_cache_bytes(model, replace(last, seq_len=last.cached + 1, cached=0), step.engine.impl.activation_bytes),
+        cache_bytes=_cache_bytes(
+            model, replace(last, seq_len=last.cached + 1, cached=0), step.engine.impl.activation_bytes
+        ),
         weight_bytes=weights,
     )
 

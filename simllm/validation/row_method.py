@@ -39,7 +39,9 @@ def fine_tuned(row: Row, model: Model) -> Model:
     what = ", ".join(name.rpartition(".")[2] for name in targets)
     if not targets:
         raise InputError("task=lora of a model without attention modules")
-    row.assume(f"LoRA of rank {rank} on {what}{'' if stated else '; the rank is not stated'}; frozen weights in 16 bits")
+    row.assume(
+        f"LoRA of rank {rank} on {what}{'' if stated else '; the rank is not stated'}; frozen weights in 16 bits"
+    )
     return model.finetuned("lora", rank=rank, targets=targets)
 
 

@@ -18,9 +18,9 @@ from simllm.hardware.stack import load_stack
 from simllm.models import Model
 from simllm.models.spec import ModelSpec
 from simllm.training import Estimate, Training, estimate
+from simllm.validation.row_method import fine_tuned, must_have_fitted
 from simllm.validation.row_model import check_parameters, model_spec
 from simllm.validation.row_plan import run_cluster, run_plan
-from simllm.validation.row_method import fine_tuned, must_have_fitted
 from simllm.validation.row_stack import (
     base_stack,
     check_task,

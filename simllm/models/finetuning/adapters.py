@@ -1,4 +1,4 @@
-"""Adapters: small two-layer networks inside the layers (Houlsby 2019, arXiv:1902.00751; Pfeiffer 2020, arXiv:2005.00247).
+"""Adapters: two small layers inside the model's (Houlsby 2019, arXiv:1902.00751; Pfeiffer 2020, arXiv:2005.00247).
 
 ``h + W_up f(W_down h)`` with a bottleneck of b: ``2 d b + b + d`` trained parameters each. Houlsby puts one behind
 attention and one behind the feed-forward layer, Pfeiffer one behind the feed-forward layer.
@@ -77,7 +77,12 @@ class Houlsby(Method):
                 Weight(f"{name}_{what}.bias", axes[1:], "adapter"),
             )
             return Projection(
-                name=f"{name}_{what}", component="adapter", inputs=(source,), outputs=(result,), weights=weights, bias=True
+                name=f"{name}_{what}",
+                component="adapter",
+                inputs=(source,),
+                outputs=(result,),
+                weights=weights,
+                bias=True,
             )
 
         return out, (

@@ -64,7 +64,5 @@ def _scored(head: Graph, trained: bool) -> Graph:
         one = Axis("fixed", 1)
         score = Tensor("score", (*x.axes[:-1], one))
         weight = Weight("score.weight", (x.axes[-1], one), "head", trained=trained)
-        operators.append(
-            Projection(name="score", component="head", inputs=(x,), outputs=(score,), weights=(weight,))
-        )
+        operators.append(Projection(name="score", component="head", inputs=(x,), outputs=(score,), weights=(weight,)))
     return replace(head, operators=tuple(operators), output=operators[-1].outputs[0])

@@ -1,7 +1,7 @@
-"""GaLore: all weights trained, the optimizer's moments kept of a projection of the gradient (Zhao 2024, arXiv:2403.03507).
+"""GaLore: moments of a projection of the gradient, all weights trained (Zhao 2024, arXiv:2403.03507).
 
-Of an m x n matrix with m >= n the moments have m x r elements and the projection n x r (section 4.3, table 1). Tables, head
-and vectors keep the optimizer's own states. With ``adam-8bit`` as the optimizer it is 8-bit GaLore.
+Of an m x n matrix with m >= n the moments have m x r elements and the projection n x r (section 4.3, table 1). Tables,
+head and vectors keep the optimizer's own states. With ``adam-8bit`` as the optimizer it is 8-bit GaLore.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ class GaLore(Method):
     """
 
     name: ClassVar[str] = "galore"
-    formula: ClassVar[str] = "all parameters; moments of r max(m, n) elements and a projection of r min(m, n) per matrix"
+    formula: ClassVar[str] = (
+        "all parameters; moments of r max(m, n) elements and a projection of r min(m, n) per matrix"
+    )
     paper: ClassVar[str] = "Zhao 2024, arXiv:2403.03507"
 
     rank: int = 128

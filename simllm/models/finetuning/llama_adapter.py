@@ -1,4 +1,4 @@
-"""LLaMA-Adapter: learned tokens that the upper layers attend to through a gate (Zhang 2023, arXiv:2303.16199, equation 6).
+"""LLaMA-Adapter: learned tokens that upper layers see through a gate (Zhang 2023, arXiv:2303.16199, equation 6).
 
 ``K d + 1`` trained parameters in each of the last layers: K tokens and a gate that starts at zero.
 """

@@ -105,9 +105,7 @@ class LoRA(Targeted):
         x = source
         if self.dropout:
             x = replace(source, name=f"{name}.lora_dropped")
-            operators.append(
-                Dropout(name=f"{name}.lora_dropout", component="adapter", inputs=(source,), outputs=(x,))
-            )
+            operators.append(Dropout(name=f"{name}.lora_dropout", component="adapter", inputs=(source,), outputs=(x,)))
         low = Tensor(f"{name}.lora_A", (*x.axes[:-1], rank))
         deltas = tuple(replace(out, name=f"{out.name}.lora_delta", dtype="activation") for out in module.outputs)
         down = (self.weight(f"{name}.lora_A.weight", (*experts, first.axes[-2], rank), first),)
@@ -116,7 +114,13 @@ class LoRA(Targeted):
             for i, w in enumerate(module.weights)
         )
         operators.append(
-            kind(name=f"{name}.lora_A", component="adapter", inputs=(x,), outputs=(low,), weights=(*down, *self.extra(module)))
+            kind(
+                name=f"{name}.lora_A",
+                component="adapter",
+                inputs=(x,),
+                outputs=(low,),
+                weights=(*down, *self.extra(module)),
+            )
         )
         operators.append(kind(name=f"{name}.lora_B", component="adapter", inputs=(low,), outputs=deltas, weights=up))
         return tuple(operators), deltas

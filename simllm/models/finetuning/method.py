@@ -24,8 +24,11 @@ class Method:
     #: Trainable parameters, in words.
     formula: ClassVar[str]
     paper: ClassVar[str]
-    #: Positions of the context that virtual tokens take.
-    virtual_tokens: ClassVar[int] = 0
+
+    @property
+    def context_tokens(self) -> int:
+        """Positions of the context that learned tokens take."""
+        return 0
 
     def apply(self, graph: ModelGraph, spec: ModelSpec) -> ModelGraph:
         """The graph of the model as it is fine-tuned.

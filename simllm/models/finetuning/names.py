@@ -1,8 +1,8 @@
-"""What the modules of a layer are called in Hugging Face's classes: for every ``model_type``, module -> part of the graph.
+"""What the modules of a layer are called in Hugging Face's classes: module -> part of the graph, by ``model_type``.
 
 A part is written ``operator:weight,weight``: the product that the graph makes of a module, and which of its weights the
-module holds; several where the module is fused. ``-operator`` or ``+operator`` behind it: only in layers without, or with, that
-operator.
+module holds; several where the module is fused. ``-operator`` or ``+operator`` behind it: only in layers without, or
+with, that operator.
 Where the public class is not transformers' own, a second scheme has the names of the other one.
 """
 
@@ -13,8 +13,8 @@ from typing import Final
 
 __all__ = ["STACKED_EXPERTS", "schemes_of"]
 
-#: Families whose experts were modules in transformers 4 and are one parameter since: ``all-linear`` still means them and
-#: the router, as peft reads it.
+#: Families whose experts were modules in transformers 4 and are one parameter since: ``all-linear`` still means them
+#: and the router, as peft reads it.
 STACKED_EXPERTS: Final = frozenset(
     {"deepseek_v2", "deepseek_v3", "dots1", "glm4_moe", "kimi_k2", "minimax_m2", "mixtral", "olmoe", "qwen3_moe"}
 )
@@ -125,7 +125,9 @@ _SWITCH: Final = (
     }
 )
 _BART: Final = (
-    _attention("self_attn", "out_proj") | _attention("encoder_attn", "out_proj", operators="cross_") | _plain("fc1", "fc2")
+    _attention("self_attn", "out_proj")
+    | _attention("encoder_attn", "out_proj", operators="cross_")
+    | _plain("fc1", "fc2")
 )
 _BERT: Final = {
     "attention.self.query": "qkv:q",

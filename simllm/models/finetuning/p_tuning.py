@@ -70,13 +70,16 @@ class PTuning(Virtual):
         if self.encoder == "lstm":
             for layer in range(_LSTM_LAYERS):
                 x = _lstm(operators, f"prompt_lstm_{layer}", x, self.virtual_tokens, hidden)
-            widths = (2 * hidden, width)
+            widths: tuple[int, ...] = (2 * hidden, width)
         else:
             widths = (hidden, hidden, width)
         for layer, size in enumerate(widths):
             name = f"prompt_mlp_{layer}"
             out = Tensor(name, (x.axes[0], Axis("hidden" if layer == len(widths) - 1 else "fixed", size)))
-            weights = (Weight(f"{name}.weight", (x.axes[1], out.axes[1]), "prompt"), Weight(f"{name}.bias", (out.axes[1],), "prompt"))
+            weights = (
+                Weight(f"{name}.weight", (x.axes[1], out.axes[1]), "prompt"),
+                Weight(f"{name}.bias", (out.axes[1],), "prompt"),
+            )
             operators.append(
                 Projection(name=name, component="prompt", inputs=(x,), outputs=(out,), weights=weights, bias=True)
             )

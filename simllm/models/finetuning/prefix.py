@@ -1,7 +1,7 @@
 """Prefix tuning: learned keys and values in front of those of every layer (Li 2021, arXiv:2101.00190, section 4).
 
-``2 L V w`` trained parameters, w the width of a layer's keys; P-Tuning v2 (Liu 2021, arXiv:2110.07602) is the same. With
-the paper's reparameterisation a table of ``V w`` goes through a layer of ``w (h + 1)`` and one of ``2 L w (h + 1)``.
+``2 L V w`` trained parameters, w the width of a layer's keys; P-Tuning v2 (Liu 2021, arXiv:2110.07602) is the same.
+With the paper's reparameterisation a table of ``V w`` goes through layers of ``w (h + 1)`` and ``2 L w (h + 1)``.
 """
 
 from __future__ import annotations
@@ -88,11 +88,14 @@ class PrefixTuning(Virtual):
                 editor.operators[-1].name,
                 *operators,
                 Projection(
-                    name="prefix_down", component="prompt", inputs=(table,), outputs=(inner,), weights=weights, bias=True
+                    name="prefix_down",
+                    component="prompt",
+                    inputs=(table,),
+                    outputs=(inner,),
+                    weights=weights,
+                    bias=True,
                 ),
-                Activation(
-                    name="prefix_act", component="prompt", inputs=(inner,), outputs=(lent,), function="tanh"
-                ),
+                Activation(name="prefix_act", component="prompt", inputs=(inner,), outputs=(lent,), function="tanh"),
             )
         return editor.graph(lends=(*block.lends, lent))
 

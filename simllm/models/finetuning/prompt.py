@@ -33,6 +33,10 @@ class Virtual(Method):
     def __post_init__(self) -> None:
         check_count("virtual_tokens", self.virtual_tokens)
 
+    @property
+    def context_tokens(self) -> int:
+        return self.virtual_tokens
+
 
 @dataclass(frozen=True, kw_only=True)
 class PromptTuning(Virtual):
@@ -76,9 +80,7 @@ def in_front(block: Graph, prompt: Tensor, operators: tuple[Operator, ...]) -> G
     editor = Editor(block)
     embedding = editor.operator("embedding")
     (base,) = editor.divert("embedding", embedding.outputs)
-    join = Join(
-        name="prompt_join", component="prompt", inputs=(base, prompt), outputs=embedding.outputs
-    )
+    join = Join(name="prompt_join", component="prompt", inputs=(base, prompt), outputs=embedding.outputs)
     editor.after("embedding", *operators, join)
     return editor.graph()
 

@@ -1,10 +1,10 @@
 """QLoRA: LoRA beside weights in four bits (Dettmers 2023, arXiv:2305.14314).
 
 The linear modules of the layers are kept in NF4: four bits an element, a scale for every 64 elements, and with double
-quantisation the scales in eight bits with a float32 for every 256 of them: 0.127 instead of 0.5 bits an element (section
-3). Every product expands its weight to the compute precision first, forward and again backward. Tables, norms and the head
-stay as they are. The paged optimizer keeps the states of the adapters in memory that moves to the host when the device
-runs full; they count on the device here, where a step uses them.
+quantisation the scales in eight bits with a float32 for every 256 of them: 0.127 instead of 0.5 bits an element
+(section 3). Every product expands its weight to the compute precision first, forward and again backward. Tables, norms
+and the head stay as they are, or go to float32. The paged optimizer keeps the states of the adapters in memory that
+moves to the host when the device runs full; they count on the device here, where a step uses them.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ class QLoRA(LoRA):
     block : int
         Elements that share a scale.
     double_quantisation : bool
+    upcast : bool
+        What is not quantised goes to float32, as peft's prepare_model_for_kbit_training does.
     """
 
     name: ClassVar[str] = "qlora"
@@ -54,6 +56,7 @@ class QLoRA(LoRA):
     rank: int = 64
     block: int = 64
     double_quantisation: bool = True
+    upcast: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,7 +77,7 @@ class QLoRA(LoRA):
                     if module.name in everywhere.names
                     for w in module.weights
                 }
-                made[id(block)] = _store(block, weights, storage)
+                made[id(block)] = _store(block, weights, storage, self.upcast)
             return made[id(block)]
 
         # Parameters that are not modules, such as stacked experts, are left alone by bitsandbytes, like the head.
@@ -89,12 +92,14 @@ class QLoRA(LoRA):
         )
 
 
-def _store(graph: Graph, weights: set[int], storage: Storage) -> Graph:
-    def kept(weight: Weight) -> Weight:
-        return replace(weight, storage=storage) if id(weight) in weights else weight
+_FLOAT32 = Storage("float32", 32, 1, 0.0)
 
-    operators = tuple(
-        replace(op, weights=tuple(kept(w) for w in op.weights)) if any(id(w) in weights for w in op.weights) else op
-        for op in graph.operators
-    )
+
+def _store(graph: Graph, weights: set[int], storage: Storage, upcast: bool) -> Graph:
+    def kept(weight: Weight) -> Weight:
+        if id(weight) in weights:
+            return replace(weight, storage=storage)
+        return replace(weight, storage=_FLOAT32) if upcast and not weight.trained else weight
+
+    operators = tuple(replace(op, weights=tuple(kept(w) for w in op.weights)) for op in graph.operators)
     return replace(graph, operators=operators)

@@ -71,8 +71,7 @@ class Editor:
     def divert(self, name: str, outputs: Collection[Tensor], suffix: str = "base") -> tuple[Tensor, ...]:
         """Rename outputs of an operator, so that what is inserted behind it can produce them instead."""
         operator = self.operator(name)
-        # Logits are the loss's business; what goes into their sum is an activation like any other.
-        aside = {t.name: replace(t, name=f"{t.name}.{suffix}", dtype=_aside(t)) for t in outputs}
+        aside = {t.name: _aside(t, suffix) for t in outputs}
         self.change(name, outputs=tuple(aside.get(t.name, t) for t in operator.outputs))
         return tuple(aside[t.name] for t in outputs)
 
@@ -81,8 +80,10 @@ class Editor:
         return replace(self._graph, operators=tuple(self.operators), **changes)  # type: ignore[arg-type]
 
 
-def _aside(tensor: Tensor) -> str:
-    return "activation" if tensor.dtype == "logits" else tensor.dtype
+def _aside(tensor: Tensor, suffix: str) -> Tensor:
+    """Logits are the loss's business; what goes into their sum is an activation like any other."""
+    aside = replace(tensor, name=f"{tensor.name}.{suffix}")
+    return replace(aside, dtype="activation") if tensor.dtype == "logits" else aside
 
 
 def rewrite(

@@ -53,7 +53,7 @@ class Module:
 def modules_of(graph: Graph, scheme: Scheme) -> Iterator[Module]:
     """The modules of one block that a scheme names."""
     operators = {operator.name: operator for operator in graph.operators}
-    for name, part in (scheme | _HEAD).items():
+    for name, part in {**scheme, **_HEAD}.items():
         where, _, condition = part.partition(" ")
         address, _, weights = where.partition(":")
         operator = operators.get(address)

@@ -11,11 +11,11 @@ from typing import ClassVar
 
 from simllm.errors import UnsupportedError
 from simllm.models.finetuning.lora import LoRA
+from simllm.models.finetuning.method import default_targets
+from simllm.models.finetuning.names import schemes_of
 from simllm.models.finetuning.operators import LowRankSum, Scale
 from simllm.models.finetuning.rewrite import Editor, rewrite
 from simllm.models.finetuning.targets import Module, Targets
-from simllm.models.finetuning.method import default_targets
-from simllm.models.finetuning.names import schemes_of
 from simllm.models.graph import Axis, Graph, ModelGraph, Tensor, Weight
 from simllm.models.operators import Projection, Router
 from simllm.models.spec import ModelSpec
@@ -25,7 +25,7 @@ __all__ = ["VeRA"]
 
 @dataclass(frozen=True, kw_only=True)
 class VeRA(LoRA):
-    """Vector-based random-matrix adaptation. The shared pair is kept beside the embedding, on the first pipeline rank."""
+    """Vector-based random-matrix adaptation. The shared pair is kept with the embedding, on the first pipeline rank."""
 
     name: ClassVar[str] = "vera"
     formula: ClassVar[str] = "out + r for each targeted matrix"

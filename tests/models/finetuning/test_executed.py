@@ -1,7 +1,7 @@
 """Bytes, FLOPs and parameters of fine-tuned models against peft's, executed by PyTorch on a CPU.
 
-Saved bytes are integers. What PyTorch, the CPU's kernels or peft keep beside the graph is a named term, computed from the
-shapes, with its reason.
+Saved bytes are integers. What PyTorch, the CPU's kernels or peft keep beside the graph is a named term, computed from
+the shapes, with its reason.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def copied_factors(base: Base, names: tuple[str, ...], inner: str) -> int:
 
 
 def singular_values(base: Base, names: tuple[str, ...]) -> int:
-    """AdaLoRA keeps the product of A and E and the divisor; its orthogonality loss keeps two r x r matrices and norms."""
+    """AdaLoRA keeps the product of A and E and the divisor; its orthogonality loss two r x r matrices and norms."""
     return sum(base.modules[name][0] * RANK * 4 + 4 + 2 * (RANK * RANK + 1) * 4 for name in names)
 
 

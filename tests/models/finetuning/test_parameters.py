@@ -44,9 +44,7 @@ def _targets(config: str) -> tuple[str, ...]:
 
 def _listed(name: str) -> tuple[str, ...]:
     """The modules that a bare ``all-linear`` stands for in the table: those that its LoRA rows list for the model."""
-    return next(
-        _targets(row["config"]) for row in _ROWS if row["name"] == name and "all-linear(" in row["config"]
-    )
+    return next(_targets(row["config"]) for row in _ROWS if row["name"] == name and "all-linear(" in row["config"])
 
 
 def _question(row: dict[str, str]) -> tuple[str, dict[str, Any]]:
@@ -122,7 +120,9 @@ def test_modules_have_their_names_and_shapes(kind: str) -> None:
     for (name, rows, columns), times in theirs.items():
         # Switch numbers its experts in the path.
         short = re.sub(r"expert_\d+\.", "", name)
-        match = [key for key in ours if (short == key[0] or short.endswith(f".{key[0]}")) and key[1:] == (rows, columns)]
+        match = [
+            key for key in ours if (short == key[0] or short.endswith(f".{key[0]}")) and key[1:] == (rows, columns)
+        ]
         assert match, f"{name} {rows} x {columns}"
         unfound[max(match, key=lambda key: len(key[0]))] -= times
     assert not any(unfound.values()), {key: n for key, n in unfound.items() if n}
@@ -172,8 +172,10 @@ def _draw(kind: str, random: Random) -> tuple[str, dict[str, Any], Any]:
     heads = {"num_attention_heads": 1}
     task = "SEQ_2_SEQ_LM" if model.spec.encoder is not None else "CAUSAL_LM"
     if name == "prompt":
-        return name, {"virtual_tokens": virtual}, peft.PromptTuningConfig(
-            num_virtual_tokens=virtual, task_type=task, **heads
+        return (
+            name,
+            {"virtual_tokens": virtual},
+            peft.PromptTuningConfig(num_virtual_tokens=virtual, task_type=task, **heads),
         )
     network = random.choice(["mlp", "lstm"])
     config = peft.PromptEncoderConfig(

@@ -1,0 +1,68 @@
+"""Fine-tuning searched: the batch that fits, the smallest GPU, methods side by side."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from simllm import Cluster, Model, Plan, Recompute, Training
+from simllm.hardware import list_profiles, load_accelerator
+from simllm.models.finetuning import method_named
+from simllm.planner import compare_methods, finetune
+from simllm.planner.align import plan_alignment
+from simllm.training.step import Step
+
+MODEL = Model.load("llama-2-7b")
+CONSUMER = Cluster.load("tinybox-green", 1)
+RUN = Training(seq_len=1024, stack="hf-peft")
+
+
+def test_the_batch_fits_and_one_more_does_not() -> None:
+    tuned = MODEL.finetuned("qlora", rank=16)
+    answer = finetune(tuned, CONSUMER, RUN)
+    assert answer.fits and answer.best is not None
+    usable = answer.best.usable_memory_bytes
+    size = answer.largest_micro_batch
+    for batch, fits in ((size, True), (size + 1, False)):
+        plan = replace(answer.best.plan, micro_batch_size=batch, global_batch_size=batch)
+        assert (Step(tuned, CONSUMER, plan, RUN).first_overflow(usable) is None) == fits
+
+
+def test_the_smallest_gpu_is_the_first_that_fits() -> None:
+    tuned = MODEL.finetuned("lora", rank=16)
+    answer = finetune(tuned, CONSUMER, RUN)
+    card = answer.smallest_gpu
+    assert card is not None
+    plan = Plan(zero="0", recompute=Recompute(kind="full"))
+    (memory,) = Step(tuned, CONSUMER, plan, RUN).memory()
+    assert memory.peak_bytes <= card.memory_bytes * 0.95
+    cards = [load_accelerator(name) for name in list_profiles("accelerators")]
+    smaller = [c for c in cards if c.memory_bytes < card.memory_bytes and c.vendor in ("NVIDIA", "AMD")]
+    assert not [c.name for c in smaller if "bf16" in c.peak_flops and memory.peak_bytes <= c.memory_bytes * 0.95]
+
+
+def test_methods_side_by_side() -> None:
+    answers = dict(compare_methods(MODEL, CONSUMER, RUN))
+    assert answers["bitfit"].refused
+    assert not answers["full"].fits
+    assert answers["qlora"].fits and answers["lora"].fits
+    assert answers["full"].best is not None, "what comes nearest is said"
+    trained = {name: answer.model.trainable_parameters for name, answer in answers.items()}
+    assert trained["ia3"] == 614400
+    assert trained["prompt"] == 81920
+
+
+@pytest.mark.parametrize("task", ["sft", "reward", "dpo", "orpo", "ppo"])
+def test_a_plan_for_every_task(task: str) -> None:
+    where = Cluster.load("dgx-a100", 8)
+    found = plan_alignment(task, MODEL, where, RUN, global_batch_size=16, method=method_named("lora", rank=8))
+    assert found.best is not None and found.best.fits
+    document = found.to_dict()
+    assert document["step_time_s"] == found.best.step_time_s
+    assert document["memory"]["peak_bytes"] <= document["memory"]["capacity_bytes"]
+
+
+def test_what_comes_nearest_when_nothing_fits() -> None:
+    found = plan_alignment("ppo", Model.load("llama-2-70b"), CONSUMER, RUN, global_batch_size=4)
+    assert found.best is None and found.answer is not None and not found.answer.fits

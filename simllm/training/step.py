@@ -312,6 +312,8 @@ class Step:
         by_dense, by_expert = (1, 1) if self.plan.zero == "0" else shard_degrees(self.plan, self.hsdp_shard)
         moments = self.moments(stage)
         parameters = dense / by_dense + expert / by_expert
+        if not parameters:
+            return 0.0
         read_and_written = 2 * (moments[0] / by_dense + moments[1] / by_expert)
         return self.engine.stream_s(parameters * self.states.update_traffic + read_and_written)
 

@@ -51,7 +51,8 @@ def test_compare(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = ask(capsys, *words, "--tokens", "10M")
     assert status == 0
     assert max(map(len, out.splitlines())) <= 100
-    assert "qlora" in out and "no biases" in out
+    assert "qlora" in out
+    assert "no biases" in out
     listed = json.loads(ask(capsys, *words, "--json")[1])
     assert {entry["method"] for entry in listed} >= {"full", "lora", "qlora", "bitfit", "prefix"}
 

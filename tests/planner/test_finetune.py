@@ -21,7 +21,8 @@ RUN = Training(seq_len=1024, stack="hf-peft")
 def test_the_batch_fits_and_one_more_does_not() -> None:
     tuned = MODEL.finetuned("qlora", rank=16)
     answer = finetune(tuned, CONSUMER, RUN)
-    assert answer.fits and answer.best is not None
+    assert answer.fits
+    assert answer.best is not None
     usable = answer.best.usable_memory_bytes
     size = answer.largest_micro_batch
     for batch, fits in ((size, True), (size + 1, False)):
@@ -46,7 +47,8 @@ def test_methods_side_by_side() -> None:
     answers = dict(compare_methods(MODEL, CONSUMER, RUN))
     assert answers["bitfit"].refused
     assert not answers["full"].fits
-    assert answers["qlora"].fits and answers["lora"].fits
+    assert answers["qlora"].fits
+    assert answers["lora"].fits
     assert answers["full"].best is not None, "what comes nearest is said"
     trained = {name: answer.model.trainable_parameters for name, answer in answers.items()}
     assert trained["ia3"] == 614400
@@ -57,7 +59,8 @@ def test_methods_side_by_side() -> None:
 def test_a_plan_for_every_task(task: str) -> None:
     where = Cluster.load("dgx-a100", 8)
     found = plan_alignment(task, MODEL, where, RUN, global_batch_size=16, method=method_named("lora", rank=8))
-    assert found.best is not None and found.best.fits
+    assert found.best is not None
+    assert found.best.fits
     document = found.to_dict()
     assert document["step_time_s"] == found.best.step_time_s
     assert document["memory"]["peak_bytes"] <= document["memory"]["capacity_bytes"]
@@ -65,4 +68,6 @@ def test_a_plan_for_every_task(task: str) -> None:
 
 def test_what_comes_nearest_when_nothing_fits() -> None:
     found = plan_alignment("ppo", Model.load("llama-2-70b"), CONSUMER, RUN, global_batch_size=4)
-    assert found.best is None and found.answer is not None and not found.answer.fits
+    assert found.best is None
+    assert found.answer is not None
+    assert not found.answer.fits

@@ -1,4 +1,4 @@
-"""Published memory of fine-tuning: measurements within a tenth; estimates and what does not follow listed as they are."""
+"""Published memory of fine-tuning: measurements within a tenth; estimates, and what does not follow, as they are."""
 
 from __future__ import annotations
 

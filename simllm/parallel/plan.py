@@ -19,6 +19,7 @@ __all__ = [
     "Plan",
     "check_plan",
     "check_virtual_tokens",
+    "cut_inside_a_block",
     "even_split",
     "split_layers",
 ]
@@ -268,8 +269,9 @@ def check_plan(model: Model, plan: Plan, seq_len: int) -> None:
             f"tp={plan.tp} without sequence_parallel in a mixture of experts would send every token tp times; "
             "switch sequence parallelism on"
         )
-    if plan.tp > 1 or plan.etp > 1:
-        _check_storage(model, plan)
+    cut = cut_inside_a_block(model, plan.tp, plan.etp) if plan.tp > 1 or plan.etp > 1 else ""
+    if cut:
+        raise InputError(f"tp={plan.tp} {cut}; use a smaller tp or smaller blocks")
     if seq_len % plan.cp:
         raise InputError(f"cp={plan.cp} does not divide seq_len={seq_len}")
     if plan.sequence_parallel and seq_len % (plan.cp * plan.tp):
@@ -296,13 +298,13 @@ def check_virtual_tokens(model: Model, seq_len: int) -> None:
         )
 
 
-def _check_storage(model: Model, plan: Plan) -> None:
-    """Refuse to split quantised weights inside a block: the elements of a block share their scale.
+def cut_inside_a_block(model: Model, tp: int, etp: int = 1) -> str:
+    """What tensor parallelism would do to a quantised weight inside one of its blocks; "" where it does not.
 
-    A matrix is stored row by row, one row for each output: tensor parallelism over the outputs leaves whole rows, over
-    the inputs it cuts every row.
+    The elements of a block share their scale. A matrix is stored row by row, one row for each output: tensor
+    parallelism over the outputs leaves whole rows, over the inputs it cuts every row.
     """
-    layout = plan.layout(1)
+    layout = Layout(tp=tp, etp=etp)
     for part, _ in model.graph.parts:
         for weight in part.weights:
             if weight.storage is None or len(weight.axes) < 2:
@@ -311,10 +313,11 @@ def _check_storage(model: Model, plan: Plan) -> None:
             rows = layout.size(weight.axes[-1])
             block = weight.storage.block
             if (piece < columns and piece % block) or (piece * rows) % block:
-                raise InputError(
-                    f"tp={plan.tp} cuts {weight.name} ({weight.storage.name} in blocks of {block}) into pieces of "
-                    f"{piece} x {rows}, not on block borders; use a smaller tp or smaller blocks"
+                return (
+                    f"cuts {weight.name} ({weight.storage.name} in blocks of {block}) into pieces of {piece} x {rows}, "
+                    "not on block borders"
                 )
+    return ""
 
 
 def _check_heads(attention: AttentionSpec, tp: int) -> None:

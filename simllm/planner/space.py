@@ -14,7 +14,7 @@ from simllm.hardware import Cluster
 from simllm.models import Model
 from simllm.models.activations import Recompute
 from simllm.models.spec import AttentionSpec, MambaSpec, MoESpec
-from simllm.parallel.plan import Plan, Zero, even_split
+from simllm.parallel.plan import Plan, Zero, cut_inside_a_block, even_split
 from simllm.training import Training
 
 __all__ = ["Branch", "Space", "divisors"]
@@ -70,6 +70,7 @@ class Space:
     def __post_init__(self) -> None:
         spec = self.model.spec
         blocks = dict.fromkeys((*spec.decoder.layers, *(spec.encoder.layers if spec.encoder else ())))
+        self._seq_len = self.training.seq_len + self.model.graph.virtual_tokens
         self._attention = [b.mixer for b in blocks if isinstance(b.mixer, AttentionSpec)]
         self._mamba = [b.mixer for b in blocks if isinstance(b.mixer, MambaSpec)]
         self._dense = [b.mlp for b in blocks if b.mlp is not None and not isinstance(b.mlp, MoESpec)]
@@ -87,8 +88,10 @@ class Space:
                 self.rejected["tp neither divides nor is a multiple of the key-value heads"] += 1
             elif any(mlp.intermediate_size % tp for mlp in self._dense) or any(m.inner_size % tp for m in self._mamba):
                 self.rejected["tp does not divide the intermediate size"] += 1
-            elif tp > 1 and self.training.seq_len % tp:
+            elif tp > 1 and self._seq_len % tp:
                 self.rejected["tp does not divide the sequence (sequence parallel)"] += 1
+            elif tp > 1 and cut_inside_a_block(self.model, tp):
+                self.rejected["tp cuts quantised weights inside a block"] += 1
             else:
                 yield tp
 
@@ -97,7 +100,7 @@ class Space:
 
     def _context_degrees(self, tp: int, ranks: int) -> Iterator[int]:
         for cp in divisors(ranks, _LARGEST_CP):
-            if self.training.seq_len % (cp * tp):
+            if self._seq_len % (cp * tp):
                 self.rejected["cp does not divide the sequence"] += 1
             elif cp > 1 and self.training.seq_len // cp < _SMALLEST_SEQUENCE_PER_RANK:
                 self.rejected[f"cp leaves fewer than {_SMALLEST_SEQUENCE_PER_RANK} tokens of a sequence per rank"] += 1

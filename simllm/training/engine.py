@@ -26,6 +26,9 @@ __all__ = ["BlockCost", "BlockGroups", "Engine", "implementation_of"]
 #: Operators that stay in 16 bits when the layers' matrix products run in 8 or 4 (Micikevicius 2022, arXiv:2209.05433).
 _HIGH_PRECISION_COMPONENTS = frozenset({"head", "router", "head_transform"})
 
+#: Components of operators that stand beside those of the model itself.
+_ADDED_COMPONENTS = frozenset({"adapter", "prompt"})
+
 
 @dataclass(frozen=True, slots=True)
 class BlockGroups:
@@ -211,11 +214,16 @@ class Engine:
         if is_layer:
             host = self.stack.costs.host_per_layer_forward.si
             ratio = self.stack.costs.host_backward_ratio.si
-            forward += Cost(host=max(0.0, host - forward.total))
-            backward += Cost(host=max(0.0, host * ratio - backward.total))
+            # The figures are for the operators of a layer: what is added to it is launched too, what does not run
+            # backward is not.
+            own = sum(operator.component not in _ADDED_COMPONENTS for operator in graph.operators)
+            added = len(graph.operators) / own
+            behind_share = sum(graph.runs_backward(operator) for operator in graph.operators) / own
+            forward += Cost(host=max(0.0, host * added - forward.total))
+            backward += Cost(host=max(0.0, host * ratio * behind_share - backward.total))
             if rerun:
                 share = len(rerun) / len(graph.operators)
-                again += Cost(host=max(0.0, host * share - again.total))
+                again += Cost(host=max(0.0, host * added * share - again.total))
         # With every n-th layer recomputed, an average layer runs that part of it again.
         return BlockCost(forward, backward + Cost(recompute=again.total * policy.fraction))
 

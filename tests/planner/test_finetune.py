@@ -9,7 +9,7 @@ import pytest
 from simllm import Cluster, Model, Plan, Recompute, Training
 from simllm.hardware import list_profiles, load_accelerator
 from simllm.models.finetuning import method_named
-from simllm.planner import compare_methods, finetune
+from simllm.planner import compare_methods, finetune, plan
 from simllm.planner.align import plan_alignment
 from simllm.training.step import Step
 
@@ -26,8 +26,19 @@ def test_the_batch_fits_and_one_more_does_not() -> None:
     usable = answer.best.usable_memory_bytes
     size = answer.largest_micro_batch
     for batch, fits in ((size, True), (size + 1, False)):
-        plan = replace(answer.best.plan, micro_batch_size=batch, global_batch_size=batch)
-        assert (Step(tuned, CONSUMER, plan, RUN).first_overflow(usable) is None) == fits
+        larger = replace(answer.best.plan, micro_batch_size=batch, global_batch_size=batch)
+        assert (Step(tuned, CONSUMER, larger, RUN).first_overflow(usable) is None) == fits
+
+
+@pytest.mark.parametrize(
+    ("method", "model"), [("qlora", "llama-2-7b"), ("prompt", "llama-2-7b"), ("prefix", "llama-2-7b")]
+)
+def test_every_plan_that_is_found_can_run(method: str, model: str) -> None:
+    """Blocks of quantised weights and learned tokens do not divide by eight; every plan kept must."""
+    tuned = Model.load(model).finetuned(method)
+    found = plan(tuned, Cluster.load("dgx-a100", 8), RUN, global_batch_size=8, top=10_000)
+    assert len(found.plans) == found.feasible > 20
+    assert all(answer.plan.tp < 8 for answer in found.plans if method != "prefix")
 
 
 def test_the_smallest_gpu_is_the_first_that_fits() -> None:
@@ -35,8 +46,8 @@ def test_the_smallest_gpu_is_the_first_that_fits() -> None:
     answer = finetune(tuned, CONSUMER, RUN)
     card = answer.smallest_gpu
     assert card is not None
-    plan = Plan(zero="0", recompute=Recompute(kind="full"))
-    (memory,) = Step(tuned, CONSUMER, plan, RUN).memory()
+    alone = Plan(zero="0", recompute=Recompute(kind="full"))
+    (memory,) = Step(tuned, CONSUMER, alone, RUN).memory()
     assert memory.peak_bytes <= card.memory_bytes * 0.95
     cards = [load_accelerator(name) for name in list_profiles("accelerators")]
     smaller = [c for c in cards if c.memory_bytes < card.memory_bytes and c.vendor in ("NVIDIA", "AMD")]

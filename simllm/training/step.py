@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from math import gcd
+from math import gcd, prod
 
 from simllm.hardware import Cluster
 from simllm.hardware.stack import Stack
@@ -315,7 +315,21 @@ class Step:
         if not parameters:
             return 0.0
         read_and_written = 2 * (moments[0] / by_dense + moments[1] / by_expert)
-        return self.engine.stream_s(parameters * self.states.update_traffic + read_and_written)
+        streamed = self.engine.stream_s(parameters * self.states.update_traffic + read_and_written)
+        return streamed + self._projections_s(stage)
+
+    def _projections_s(self, stage: Stage) -> float:
+        """Gradients projected down and updates projected back, where moments are kept of a projection."""
+        seconds = 0.0
+        for graph, times in (*stage.layers, *((graph, 1) for graph in stage.extras)):
+            for weight in graph.weights:
+                if weight.trained and weight.moment_rank:
+                    *batch, rows, columns = (self.layout.size(axis) for axis in weight.axes)
+                    rank = min(weight.moment_rank, rows, columns)
+                    products = (max(rows, columns), rank, min(rows, columns)), (rows, columns, rank)
+                    price_of = self.engine.kernels.matmul
+                    seconds += times * sum(price_of(*p, self.engine.high_precision, prod(batch)) for p in products)
+        return seconds
 
     def moments(self, stage: Stage) -> tuple[float, float]:
         """Bytes of optimizer moments of a stage's dense and expert weights, before sharding."""

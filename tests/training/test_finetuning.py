@@ -58,6 +58,20 @@ def _weights(model: Model, step: Step) -> list[tuple[int, int]]:
     return [block_weights(g, step.layout) for g, n in model.graph.parts for _ in range(n)]
 
 
+def test_galore_projects_gradients_down_and_updates_back() -> None:
+    """Moments of r max(m, n) elements and a projection of r min(m, n); two products a matrix and step."""
+    low, high = (estimate(MODEL.finetuned("galore", rank=rank), ONE, SINGLE, RUN) for rank in (128, 256))
+    matrices = [w for g, n in MODEL.graph.layer_parts for w in g.weights if len(w.axes) == 2 for _ in range(n)]
+    sides = [(w.axes[0].size, w.axes[1].size) for w in matrices]
+    more = sum(128 * (2 * max(s) + min(s)) * 4 for s in sides)
+    kinds = (low.peak_stage.by_kind["optimizer"], high.peak_stage.by_kind["optimizer"])
+    assert kinds[1] - kinds[0] == more
+    full = estimate(MODEL, ONE, SINGLE, RUN)
+    assert low.time.by_cause["matmul"] == full.time.by_cause["matmul"]
+    flops = sum(2 * 2 * m * n * 128 for m, n in sides)
+    assert high.time.by_cause["optimizer"] - low.time.by_cause["optimizer"] > flops / ONE.accelerator.peak_flops["bf16"]
+
+
 def test_nothing_runs_backward_before_the_first_trained_layer() -> None:
     tuned = MODEL.finetuned("freeze", top=2)
     step = Step(tuned, ONE, SINGLE, RUN)

@@ -2,6 +2,8 @@
 
 Of an m x n matrix with m >= n the moments have m x r elements and the projection n x r (section 4.3, table 1). Tables,
 head and vectors keep the optimizer's own states. With ``adam-8bit`` as the optimizer it is 8-bit GaLore.
+Projecting down and back is priced in every step; the decomposition that renews the projection every few hundred steps
+is not.
 """
 
 from __future__ import annotations

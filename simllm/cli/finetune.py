@@ -89,6 +89,9 @@ def finetune(
     adapter_layers: Annotated[Number, _number("--adapter-layers", "LLaMA-Adapter: the last so many layers.")] = None,
     top: Annotated[Number, _number("--top-layers", "freeze: train the last so many layers.")] = None,
     block: Annotated[Number, _number("--block", "QLoRA: elements that share a scale.")] = None,
+    paged: Annotated[
+        bool, typer.Option("--paged", help="QLoRA: optimizer states in pages of the host's memory.")
+    ] = False,
     cluster: Annotated[
         str | None,
         typer.Option(
@@ -147,8 +150,7 @@ def finetune(
         from simllm.models.finetuning.targets import parse_targets
 
         options["feedforward"] = parse_targets(feedforward)
-    if projection:
-        options["projection"] = True
+    options |= {key: True for key, on in (("projection", projection), ("paged", paged)) if on}
     if comparing and (options or method):
         raise InputError("compare takes no method and none of its options; it lays all methods side by side")
     if not comparing and method is None:

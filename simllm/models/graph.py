@@ -139,6 +139,8 @@ class Weight:
     storage: Storage | None = None
     #: Rank of the projection of its gradient that the optimizer's moments are kept of (GaLore); 0: of the gradient.
     moment_rank: int = 0
+    #: Its optimizer states are in pages of the host's memory, and cross the link to the host for every update.
+    paged: bool = False
     #: False: a constant that takes memory and work, but is not a parameter (VeRA's random matrices).
     counted: bool = True
 

@@ -131,9 +131,11 @@ def _over_blocks(stage: Stage, pp: int, of: Callable[[Graph, bool], tuple[float,
 
 
 @lru_cache(maxsize=1 << 16)
-def stage_moments(stage: Stage, layout: Layout, pp: int, optimizer: str, element: int) -> tuple[float, float]:
-    """Bytes of optimizer moments of dense and expert weights on one rank of a stage."""
-    return _over_blocks(stage, pp, lambda graph, tied: block_moments(graph, layout, optimizer, element, tied))
+def stage_moments(
+    stage: Stage, layout: Layout, pp: int, optimizer: str, element: int, paged: bool = False
+) -> tuple[float, float]:
+    """Bytes of optimizer moments of dense and expert weights on one rank of a stage; ``paged``: those on the host."""
+    return _over_blocks(stage, pp, lambda graph, tied: block_moments(graph, layout, optimizer, element, tied, paged))
 
 
 @lru_cache(maxsize=1 << 16)

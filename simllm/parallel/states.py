@@ -217,13 +217,16 @@ def state_terms(stack: Stack, states: StateBytes, optimizer: Optimizer, moments:
 
 @lru_cache(maxsize=1 << 16)
 def block_moments(
-    graph: Graph, layout: Layout, optimizer: str, element: int, keep_tied: bool = False
+    graph: Graph, layout: Layout, optimizer: str, element: int, keep_tied: bool = False, paged: bool = False
 ) -> tuple[float, float]:
-    """Bytes of optimizer moments of the dense and of the expert weights of one block on one rank."""
+    """Bytes of optimizer moments of the dense and of the expert weights of one block on one rank.
+
+    Those on the device, or with ``paged`` those in pages of the host.
+    """
     moments = optimizer_named(optimizer).moments
     dense = expert = 0.0
     for weight in graph.weights:
-        if not weight.trained or not weight.stored(keep_tied):
+        if not weight.trained or weight.paged != paged or not weight.stored(keep_tied):
             continue
         shape = tuple(layout.size(axis) for axis in weight.axes)
         size = 0.0

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import gcd, prod
 
+from simllm.errors import UnsupportedError
 from simllm.hardware import Cluster
 from simllm.hardware.stack import Stack
 from simllm.models import Model
@@ -316,7 +317,19 @@ class Step:
             return 0.0
         read_and_written = 2 * (moments[0] / by_dense + moments[1] / by_expert)
         streamed = self.engine.stream_s(parameters * self.states.update_traffic + read_and_written)
-        return streamed + self._projections_s(stage)
+        return streamed + self._projections_s(stage) + self._paging_s(stage, by_dense, by_expert)
+
+    def _paging_s(self, stage: Stage, by_dense: int, by_expert: int) -> float:
+        """States in pages of the host come over its link for the update and go back."""
+        dense, expert = self.moments(stage, paged=True)
+        moved = 2 * (dense / by_dense + expert / by_expert)
+        link = self.cluster.accelerator.pcie_bandwidth
+        if not moved:
+            return 0.0
+        if link is None:
+            name = self.cluster.accelerator.name
+            raise UnsupportedError(f"the profile of {name} has no link to its host; use an optimizer that is not paged")
+        return self.engine.stream_s(moved) + moved / link
 
     def _projections_s(self, stage: Stage) -> float:
         """Gradients projected down and updates projected back, where moments are kept of a projection."""
@@ -331,10 +344,10 @@ class Step:
                     seconds += times * sum(price_of(*p, self.engine.high_precision, prod(batch)) for p in products)
         return seconds
 
-    def moments(self, stage: Stage) -> tuple[float, float]:
+    def moments(self, stage: Stage, paged: bool = False) -> tuple[float, float]:
         """Bytes of optimizer moments of a stage's dense and expert weights, before sharding."""
         element = self.states.moment_element
-        return stage_moments(stage, self.layout, self.plan.pp, self.training.optimizer, element)
+        return stage_moments(stage, self.layout, self.plan.pp, self.training.optimizer, element, paged)
 
     # -- FLOPs ---------------------------------------------------------------------------------------------------
 

@@ -58,6 +58,17 @@ def _weights(model: Model, step: Step) -> list[tuple[int, int]]:
     return [block_weights(g, step.layout) for g, n in model.graph.parts for _ in range(n)]
 
 
+def test_paged_states_are_on_the_host_and_cross_its_link() -> None:
+    plain, paged = (estimate(MODEL.finetuned("qlora", rank=16, paged=p), ONE, SINGLE, RUN) for p in (False, True))
+    moments = 8 * MODEL.finetuned("qlora", rank=16).trainable_parameters
+    assert plain.peak_stage.by_kind["optimizer"] == moments
+    assert paged.peak_stage.by_kind["optimizer"] == 0
+    link = ONE.accelerator.pcie_bandwidth
+    assert link is not None
+    extra = paged.time.by_cause["optimizer"] - plain.time.by_cause["optimizer"]
+    assert extra == pytest.approx(2 * moments / link, rel=0.01)
+
+
 def test_galore_projects_gradients_down_and_updates_back() -> None:
     """Moments of r max(m, n) elements and a projection of r min(m, n); two products a matrix and step."""
     low, high = (estimate(MODEL.finetuned("galore", rank=rank), ONE, SINGLE, RUN) for rank in (128, 256))

@@ -3,8 +3,8 @@
 The linear modules of the layers are kept in NF4: four bits an element, a scale for every 64 elements, and with double
 quantisation the scales in eight bits with a float32 for every 256 of them: 0.127 instead of 0.5 bits an element
 (section 3). Every product expands its weight to the compute precision first, forward and again backward. Tables, norms
-and the head stay as they are, or go to float32. The paged optimizer keeps the states of the adapters in memory that
-moves to the host when the device runs full; they count on the device here, where a step uses them.
+and the head stay as they are, or go to float32. The paged optimizer keeps the states of the adapters in pages that move
+to the host when the device runs full: with ``paged`` they are there, and cross the link both ways for every update.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ class QLoRA(LoRA):
     double_quantisation : bool
     upcast : bool
         What is not quantised goes to float32, as peft's prepare_model_for_kbit_training does.
+    paged : bool
+        The adapters' optimizer states are on the host.
     """
 
     name: ClassVar[str] = "qlora"
@@ -57,6 +59,7 @@ class QLoRA(LoRA):
     block: int = 64
     double_quantisation: bool = True
     upcast: bool = False
+    paged: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,7 +80,7 @@ class QLoRA(LoRA):
                     if module.name in everywhere.names
                     for w in module.weights
                 }
-                made[id(block)] = _store(block, weights, storage, self.upcast)
+                made[id(block)] = _store(block, weights, storage, self.upcast, self.paged)
             return made[id(block)]
 
         # Parameters that are not modules, such as stacked experts, are left alone by bitsandbytes, like the head.
@@ -95,11 +98,13 @@ class QLoRA(LoRA):
 _FLOAT32 = Storage("float32", 32, 1, 0.0)
 
 
-def _store(graph: Graph, weights: set[int], storage: Storage, upcast: bool) -> Graph:
+def _store(graph: Graph, weights: set[int], storage: Storage, upcast: bool, paged: bool) -> Graph:
     def kept(weight: Weight) -> Weight:
+        if weight.trained:
+            return replace(weight, paged=paged)
         if id(weight) in weights:
             return replace(weight, storage=storage)
-        return replace(weight, storage=_FLOAT32) if upcast and not weight.trained else weight
+        return replace(weight, storage=_FLOAT32) if upcast else weight
 
     operators = tuple(replace(op, weights=tuple(kept(w) for w in op.weights)) for op in graph.operators)
     return replace(graph, operators=operators)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from simllm.network import Group, price
     from simllm.parallel import Plan
     from simllm.planner import compare_methods, finetune, plan
+    from simllm.sweeps import sweep
     from simllm.training import Estimate, Training, estimate
     from simllm.training.alignment import align
 
@@ -34,6 +35,7 @@ _HOME = {
     "finetune": "simllm.planner",
     "plan": "simllm.planner",
     "price": "simllm.network",
+    "sweep": "simllm.sweeps",
 }
 
 __all__ = [
@@ -50,6 +52,7 @@ __all__ = [
     "finetune",
     "plan",
     "price",
+    "sweep",
 ]
 
 

@@ -38,6 +38,8 @@ UNITS: dict[str, tuple[str, float]] = {
     "ms": ("time", 1e-3),
     "us": ("time", 1e-6),
     "ns": ("time", 1e-9),
+    "min": ("time", 60),
+    "h": ("time", 3600),
     "B": ("bytes", 1),
     "kB": ("bytes", 1e3),
     "MB": ("bytes", 1e6),

@@ -14,6 +14,7 @@ from simllm.cli.options import (
     ModelName,
     OptimizerName,
     Output,
+    Overwrite,
     Precision,
     SeqLen,
     StackName,
@@ -62,6 +63,7 @@ def align(
     optimizer: OptimizerName = "adam",
     as_json: Json = False,
     output: Output = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """What a step of alignment takes: passes, memory of every model, the best plan.
 
@@ -75,7 +77,7 @@ def align(
     from simllm.planner.align import plan_alignment
     from simllm.report.alignment import alignment_report
 
-    check_output(output)
+    check_output(output, overwrite=overwrite)
     loaded, where = load_model(model), load_cluster(cluster, gpus)
     options: dict[str, Any] = {}
     if rank is not None:

@@ -14,8 +14,8 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from simllm.cli import align, calibrate, collective, estimate, finetune, hardware, models, plan, validate
-from simllm.cli.output import ReaderGoneError
+from simllm.cli import align, calibrate, collective, estimate, export, finetune, hardware, models, plan, sweep, validate
+from simllm.cli.output import ReaderGoneError, remember_command
 from simllm.errors import InputError, unknown_name
 
 __all__ = ["run"]
@@ -57,12 +57,16 @@ def _build() -> Any:
         group = _group(help_text)
         for command, function in commands.items():
             group.command(command)(function)
+        if name == "calibrate":
+            group.callback(invoke_without_command=True, help=calibrate.machine.__doc__)(calibrate.machine)
         app.add_typer(group, name=name)
     app.command("collective")(collective.collective)
     app.command("estimate")(estimate.estimate)
     app.command("plan")(plan.plan)
     app.command("finetune")(finetune.finetune)
     app.command("align")(align.align)
+    app.command("export")(export.export)
+    app.command("sweep")(sweep.sweep)
     return get_command(app)
 
 
@@ -117,6 +121,7 @@ def _invoke(words: list[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a narrow terminal encoding must not cost the answer
+    remember_command(words)
     status = _build().main(words, prog_name="simllm", standalone_mode=False)
     return status if isinstance(status, int) else ANSWER
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from simllm.cli.options import ClusterName, Gpus, Json, Output, Plot, count, load_cluster, size_bytes
+from simllm.cli.options import ClusterName, Gpus, Json, Output, Overwrite, Plot, count, load_cluster, size_bytes
 from simllm.cli.output import check_output, check_plot, emit, write_file
 from simllm.errors import InputError
 
@@ -32,6 +32,15 @@ def collective(
     stride: Annotated[
         str, typer.Option("--stride", metavar="N", help="Distance between neighbours: tp for data parallelism.")
     ] = "1",
+    concurrent: Annotated[
+        str | None,
+        typer.Option(
+            "--concurrent",
+            metavar="N",
+            help="Groups of this shape that run at once in each domain and share its NICs. Default: as many as its "
+            "GPUs make up, as the groups of a plan do.",
+        ),
+    ] = None,
     algorithm: Annotated[
         str | None,
         typer.Option("--algorithm", metavar="NAME", help="Force one algorithm. Default: the cheapest there is."),
@@ -51,6 +60,7 @@ def collective(
     as_json: Json = False,
     output: Output = None,
     plot: Plot = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Price one collective, or a sweep over sizes.
 
@@ -61,14 +71,15 @@ def collective(
     Examples:
       simllm collective all_reduce --size 1GiB --cluster dgx-h100 --gpus 64
       simllm collective all_gather --size 1GiB --cluster dgx-h100 --gpus 512 --ranks 64 --stride 8
+      simllm collective all_reduce --size 1GiB --cluster dgx-a100 --gpus 64 --ranks 8 --stride 8 --concurrent 1
       simllm collective all_reduce --size 8GiB --cluster dgx-h100 --gpus 8 --sweep --plot busbw.png
     """
     from simllm import network
     from simllm.network import Group
     from simllm.report.collectives import collective_dict, collective_report, doubling_sizes
 
-    check_output(output)
-    picture = check_plot(plot)
+    check_output(output, overwrite=overwrite)
+    picture = check_plot(plot, overwrite)
     last, first = size_bytes(size, "--size"), size_bytes(min_size, "--min-size")
     if sweep and first > last:
         raise InputError(f"--min-size={min_size} is more than --size={size}; a sweep goes up from the one to the other")
@@ -79,7 +90,8 @@ def collective(
     where = load_cluster(cluster, gpus)
     step = count(stride, "--stride")
     members = len(range(0, where.num_gpus, step)) if ranks is None else count(ranks, "--ranks")
-    group = Group(size=members, stride=step)
+    together = None if concurrent is None else count(concurrent, "--concurrent")
+    group = Group(size=members, stride=step, concurrent=together)
     if plot is not None and members == 1:
         raise InputError("--plot has nothing to draw: one rank alone exchanges nothing; give more --gpus or --ranks")
     costs = network.sweep(operation, doubling_sizes(first, last) if sweep else [last], where, group, algorithm)

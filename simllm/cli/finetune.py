@@ -15,6 +15,7 @@ from simllm.cli.options import (
     MasterWeights,
     OptimizerName,
     Output,
+    Overwrite,
     Precision,
     Price,
     SeqLen,
@@ -24,7 +25,7 @@ from simllm.cli.options import (
     load_cluster,
     load_model,
     make_training,
-    optional_price,
+    optional_operation,
     optional_tokens,
     sequence_length,
 )
@@ -114,6 +115,7 @@ def finetune(
     price: Price = None,
     as_json: Json = False,
     output: Output = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """What a fine-tuning method trains and takes, or all methods side by side.
 
@@ -128,8 +130,9 @@ def finetune(
     from simllm.report import finetuning as report
     from simllm.training.budget import budget
 
-    check_output(output)
-    run_tokens, usd = optional_tokens(tokens), optional_price(price)
+    check_output(output, overwrite=overwrite)
+    run_tokens = optional_tokens(tokens)
+    operation = optional_operation(run_tokens, price)
     comparing, name = _question(model)
     loaded = load_model(name)
     numbers = {
@@ -188,7 +191,9 @@ def finetune(
             output,
         )
         return
-    cost = budget(answer.best, run_tokens, usd) if answer.fits and answer.best and run_tokens is not None else None
+    cost = None
+    if answer.fits and answer.best and run_tokens is not None:
+        cost = budget(answer.best, run_tokens, operation=operation)
     emit(lambda: report.finetune_dict(answer, cost), lambda: report.finetune_report(answer, cost), as_json, output)
     if not answer.fits:
         raise typer.Exit(1)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from simllm.cli.options import Json, Output
+from simllm.cli.options import Json, Output, Overwrite
 from simllm.cli.output import check_output, emit
 from simllm.errors import InputError, unknown_name
 
@@ -30,6 +30,7 @@ def list_hardware(
     kind: Annotated[str | None, typer.Option("--kind", metavar="KIND", help=_KIND_HELP)] = None,
     as_json: Json = False,
     output: Output = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """List systems, accelerators, fabrics, links and software stacks.
 
@@ -42,7 +43,7 @@ def list_hardware(
     from simllm.hardware.system import SystemProfile
     from simllm.report.hardware import catalog_dict, catalog_report
 
-    check_output(output)
+    check_output(output, overwrite=overwrite)
     wanted = _kinds(kind)
     systems = [
         load_profile_file(find_profile("systems", name, "system"), SystemProfile)
@@ -65,6 +66,7 @@ def show(
     kind: Annotated[str | None, typer.Option("--kind", metavar="KIND", help=_KIND_HELP)] = None,
     as_json: Json = False,
     output: Output = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Show every figure of a profile with its unit, its source and what it rests on.
 
@@ -76,7 +78,7 @@ def show(
     from simllm.hardware.profiles import read_yaml
     from simllm.report.hardware import profile_dict, profile_report
 
-    check_output(output)
+    check_output(output, overwrite=overwrite)
     path = _find(name, _kinds(kind))
     problems = _check_profile(path)
     if problems:
@@ -89,6 +91,7 @@ def check(
     file: Annotated[str, typer.Argument(metavar="FILE", help="A profile written in YAML.")],
     as_json: Json = False,
     output: Output = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Check a profile of your own; exit status 1 when something is wrong with it.
 
@@ -98,7 +101,7 @@ def check(
     """
     from simllm.report.hardware import check_report
 
-    check_output(output)
+    check_output(output, overwrite=overwrite)
     problems = _check_profile(file)
     emit(
         lambda: {"file": file, "ok": not problems, "problems": problems},

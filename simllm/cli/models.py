@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from simllm.cli.options import Json, ModelName, Output, Plot, SeqLen, count, load_model, sequence_length
+from simllm.cli.options import Json, ModelName, Output, Overwrite, Plot, SeqLen, count, load_model, sequence_length
 from simllm.cli.output import check_output, check_plot, emit, write_file
 
 __all__ = ["COMMANDS", "compare", "list_models", "show"]
@@ -19,6 +19,7 @@ def list_models(
     ] = None,
     as_json: Json = False,
     output: Output = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """List the models of the catalog.
 
@@ -30,7 +31,7 @@ def list_models(
     from simllm.models.catalog import catalog_entries
     from simllm.report.models import catalog_rows, catalog_table
 
-    check_output(output)
+    check_output(output, overwrite=overwrite)
     entries = catalog_entries()
     families = {entry.family.casefold(): entry.family for entry in entries}
     if family is not None and family.casefold() not in families:
@@ -63,6 +64,7 @@ def show(
     plot: Plot = None,
     as_json: Json = False,
     output: Output = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Count one model: parameters, FLOPs, activations, key-value cache, components.
 
@@ -73,8 +75,8 @@ def show(
     from simllm.models import Model
     from simllm.report.models import model_dict, model_report
 
-    check_output(output)
-    picture = check_plot(plot)
+    check_output(output, overwrite=overwrite)
+    picture = check_plot(plot, overwrite)
     multiple = 1 if vocab_multiple is None else count(vocab_multiple, "--vocab-multiple", _LARGEST_MULTIPLE)
     loaded = Model.load(model, mtp=mtp, vocab_multiple=multiple)
     length = sequence_length(seq_len, loaded)
@@ -100,6 +102,7 @@ def compare(
     plot: Plot = None,
     as_json: Json = False,
     output: Output = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Put the counts of several models side by side, by default at the shortest of their default lengths.
 
@@ -109,8 +112,8 @@ def compare(
     """
     from simllm.report.models import comparison, model_dict
 
-    check_output(output)
-    picture = check_plot(plot)
+    check_output(output, overwrite=overwrite)
+    picture = check_plot(plot, overwrite)
     loaded = [load_model(name) for name in models]
     length = min(sequence_length(seq_len, model) for model in loaded)
     emit(

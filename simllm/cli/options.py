@@ -18,31 +18,45 @@ if TYPE_CHECKING:
     from simllm.hardware import Cluster
     from simllm.models import Model
     from simllm.training import Training
+    from simllm.training.operation import Operation
 
 __all__ = [
     "MOST_GPUS",
+    "CheckpointInterval",
     "ClusterName",
     "FlopConvention",
     "GlobalBatchSize",
     "Gpus",
     "GradientPrecision",
+    "GridIntensity",
     "Headroom",
     "Json",
     "MasterWeights",
+    "MaybeGlobalBatchSize",
+    "MaybeModelName",
     "ModelName",
+    "Mtbf",
+    "NodePower",
     "OptimizerName",
     "Output",
+    "Overwrite",
     "Plot",
     "Precision",
     "Price",
+    "Pue",
+    "Report",
+    "Restart",
+    "Sensitivity",
     "SeqLen",
     "StackName",
+    "StorageBandwidth",
     "Tokens",
+    "Trace",
     "count",
     "load_cluster",
     "load_model",
     "make_training",
-    "optional_price",
+    "optional_operation",
     "optional_tokens",
     "sequence_length",
     "size_bytes",
@@ -54,10 +68,11 @@ MOST_GPUS = 10_000_000
 #: What a sequence is cut to when nothing is said, and what stands in for a context length that a model does not state.
 _LONGEST_DEFAULT, _NO_CONTEXT = 8192, 2048
 
-ModelName = Annotated[
-    str,
-    typer.Argument(metavar="MODEL", help="A name of the catalog, a Hugging Face config.json, or a folder holding one."),
-]
+_MODEL = typer.Argument(
+    metavar="MODEL", help="A name of the catalog, a Hugging Face config.json, or a folder holding one."
+)
+ModelName = Annotated[str, _MODEL]
+MaybeModelName = Annotated[str | None, _MODEL]
 ClusterName = Annotated[
     str,
     typer.Option(
@@ -65,7 +80,9 @@ ClusterName = Annotated[
     ),
 ]
 Gpus = Annotated[str, typer.Option("--gpus", metavar="N", help="GPUs in use: at most one node, or whole nodes.")]
-GlobalBatchSize = Annotated[str, typer.Option("--global-batch-size", metavar="N", help="Sequences per optimizer step.")]
+_GLOBAL_BATCH_SIZE = typer.Option("--global-batch-size", metavar="N", help="Sequences per optimizer step.")
+GlobalBatchSize = Annotated[str, _GLOBAL_BATCH_SIZE]
+MaybeGlobalBatchSize = Annotated[str | None, _GLOBAL_BATCH_SIZE]
 SeqLen = Annotated[
     str | None,
     typer.Option(
@@ -81,8 +98,62 @@ Tokens = Annotated[
 ]
 Price = Annotated[
     str | None,
-    typer.Option("--price", metavar="USD", help="USD per GPU-hour. Default: the list price in the device's profile."),
+    typer.Option(
+        "--price",
+        "--price-per-gpu-hour",
+        metavar="USD",
+        help="USD per GPU-hour. Default: the list price in the device's profile.",
+    ),
 ]
+Mtbf = Annotated[
+    str | None,
+    typer.Option("--mtbf", metavar="HOURS", help="Between failures of one GPU. Default: as in published runs."),
+]
+Restart = Annotated[
+    str | None,
+    typer.Option("--restart", metavar="MINUTES", help="To restart after a failure. Default: as in published runs."),
+]
+StorageBandwidth = Annotated[
+    str | None,
+    typer.Option(
+        "--storage-bandwidth",
+        metavar="B/S",
+        help="At which the job writes checkpoints, such as 500GB (a second). Default: as in published runs.",
+    ),
+]
+CheckpointInterval = Annotated[
+    str | None,
+    typer.Option("--checkpoint-interval", metavar="MINUTES", help="Between checkpoints. Default: the best one."),
+]
+NodePower = Annotated[
+    str | None,
+    typer.Option(
+        "--node-power", metavar="F", help="Power of a node over the TDP of its GPUs. Default: as measured on H100."
+    ),
+]
+Pue = Annotated[
+    str | None,
+    typer.Option("--pue", metavar="F", help="Energy of the building over that of the nodes. Default: nodes alone."),
+]
+GridIntensity = Annotated[
+    str | None,
+    typer.Option("--grid-intensity", metavar="KG", help="kgCO2e per kWh of the grid. Default: emissions not stated."),
+]
+Sensitivity = Annotated[
+    bool,
+    typer.Option("--sensitivity", help="Also say what a tenth more of each bandwidth, memory, ... would change."),
+]
+Report = Annotated[
+    str | None,
+    typer.Option("--report", metavar="FILE.html", help="Also write one self-contained HTML page with plots."),
+]
+Trace = Annotated[
+    str | None,
+    typer.Option(
+        "--trace", metavar="FILE.json", help="Also write the pipeline's timeline for Perfetto or chrome://tracing."
+    ),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
 Precision = Annotated[
     str, typer.Option("--precision", metavar="NAME", help="bf16, fp16, fp32, tf32, fp8, mxfp8 or nvfp4.")
 ]
@@ -162,9 +233,52 @@ def optional_tokens(text: str | None) -> int | None:
     return None if text is None else parse_count(text, "--tokens")
 
 
-def optional_price(text: str | None) -> float | None:
-    """USD per GPU-hour, where it was given."""
-    return None if text is None else parse_positive(text, "--price", maximum=1e6)
+def optional_operation(
+    tokens: int | None,
+    price: str | None,
+    mtbf: str | None = None,
+    restart: str | None = None,
+    storage_bandwidth: str | None = None,
+    checkpoint_interval: str | None = None,
+    node_power: str | None = None,
+    pue: str | None = None,
+    grid_intensity: str | None = None,
+) -> Operation:
+    """How the cluster is operated, as far as it was said; without a run such options would do nothing."""
+    from simllm.training.operation import Operation
+
+    given = {
+        "--price": price,
+        "--mtbf": mtbf,
+        "--restart": restart,
+        "--storage-bandwidth": storage_bandwidth,
+        "--checkpoint-interval": checkpoint_interval,
+        "--node-power": node_power,
+        "--pue": pue,
+        "--grid-intensity": grid_intensity,
+    }
+
+    def number(option: str, factor: float = 1.0, maximum: float = 1e12) -> float | None:
+        text = given[option]
+        return None if text is None else parse_positive(text, option, maximum) * factor
+
+    if pue is not None and parse_positive(pue, "--pue", 100) < 1:
+        raise InputError(f"--pue={pue} must be at least 1; a building uses more than its nodes")
+    operation = Operation(
+        usd_per_gpu_hour=number("--price", maximum=1e6),
+        gpu_mtbf_s=number("--mtbf", 3600),
+        restart_s=number("--restart", 60),
+        storage_bandwidth=None if storage_bandwidth is None else parse_bytes(storage_bandwidth, "--storage-bandwidth"),
+        checkpoint_interval_s=number("--checkpoint-interval", 60),
+        node_power=number("--node-power", maximum=100),
+        pue=number("--pue", maximum=100),
+        kg_co2e_per_kwh=number("--grid-intensity", maximum=100),
+    )
+    named = [option for option, text in given.items() if text is not None]
+    if tokens is None and named:
+        verb = "describes" if len(named) == 1 else "describe"
+        raise InputError(f"{', '.join(named)} {verb} a whole run; give its tokens too, such as --tokens 15T")
+    return operation
 
 
 def sequence_length(text: str | None, model: Model) -> int:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,16 @@ from simllm.errors import InputError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["ReaderGoneError", "check_output", "check_plot", "emit", "progress", "write_file"]
+__all__ = [
+    "ReaderGoneError",
+    "check_output",
+    "check_plot",
+    "command_line",
+    "emit",
+    "progress",
+    "remember_command",
+    "write_file",
+]
 
 #: Rules and bars for an encoding without box drawing.
 _PLAIN = str.maketrans({"─": "-", "█": "#"} | dict.fromkeys("▏▎▍▌▋▊▉", ""))
@@ -25,8 +36,21 @@ _PLAIN = str.maketrans({"─": "-", "█": "#"} | dict.fromkeys("▏▎▍▌▋
 PLOT_FORMATS = ("png", "svg", "pdf")
 
 
+_WORDS: ContextVar[tuple[str, ...]] = ContextVar("words", default=())
+
+
 class ReaderGoneError(Exception):
     """Whoever read standard output has closed it, as ``head`` does: no fault of anyone."""
+
+
+def remember_command(words: Sequence[str]) -> None:
+    """Keep the words of the command, for pages that say how they were made."""
+    _WORDS.set(tuple(words))
+
+
+def command_line() -> str:
+    """The command as one would type it."""
+    return shlex.join(("simllm", *_WORDS.get()))
 
 
 def emit(
@@ -76,25 +100,41 @@ def _print(text: str) -> None:
         raise InputError(f"cannot write to standard output: {error.strerror}") from None
 
 
-def check_output(path: str | None, option: str = "--output") -> None:
-    """Refuse a file that cannot be written before any work is done for it."""
+def check_output(path: str | None, option: str = "--output", overwrite: bool = True, suffix: str = "") -> None:
+    """Refuse a file that cannot be written before any work is done for it.
+
+    Parameters
+    ----------
+    path : str, optional
+        Nothing is checked without one.
+    option : str
+        Where it was given.
+    overwrite : bool
+        Whether a file that exists may be replaced.
+    suffix : str
+        How the name must end.
+    """
     if path is None:
         return
     place = Path(path)
+    if not path.lower().endswith(suffix):
+        raise InputError(f"{option}={path} must end in {suffix}")
     try:
         if place.is_dir():
             raise InputError(f"{option}={path} is a folder; give the name of a file in it")
         if not place.parent.is_dir():
             raise InputError(f"{option}={path} cannot be written: there is no folder {str(place.parent)!r}")
+        if place.is_file() and not overwrite:
+            raise InputError(f"{option}={path} exists; give another name, or --overwrite to replace it")
         if not os.access(place if place.exists() else place.parent, os.W_OK):
             raise InputError(f"{option}={path} cannot be written: permission denied; give another file")
     except OSError as error:
         raise InputError(f"{option}={path} cannot be written: {error.strerror}") from None
 
 
-def check_plot(path: str | None) -> str:
+def check_plot(path: str | None, overwrite: bool = True) -> str:
     """The format that the name of a picture asks for, after the checks of `check_output`."""
-    check_output(path, "--plot")
+    check_output(path, "--plot", overwrite)
     suffix = Path(path or "").suffix.lower().removeprefix(".")
     if path is not None and suffix not in PLOT_FORMATS:
         raise InputError(f"--plot={path} must end in .{', .'.join(PLOT_FORMATS[:-1])} or .{PLOT_FORMATS[-1]}")

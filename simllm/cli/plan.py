@@ -2,35 +2,73 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from simllm.cli.options import (
+    CheckpointInterval,
     ClusterName,
     FlopConvention,
     GlobalBatchSize,
-    Gpus,
     GradientPrecision,
+    GridIntensity,
     Headroom,
     Json,
     MasterWeights,
     ModelName,
+    Mtbf,
+    NodePower,
     OptimizerName,
     Output,
-    Precision,
+    Overwrite,
+    Plot,
     Price,
+    Pue,
+    Report,
+    Restart,
+    Sensitivity,
     SeqLen,
     StackName,
+    StorageBandwidth,
     Tokens,
+    Trace,
     count,
-    load_cluster,
-    load_model,
     make_training,
-    optional_price,
+    optional_operation,
     optional_tokens,
 )
-from simllm.cli.output import check_output, emit, progress
+from simllm.cli.output import check_output, check_plot, command_line, emit, progress, write_file
+from simllm.cli.plan_options import (
+    Compare,
+    Cp,
+    Dp,
+    Ep,
+    GpuCounts,
+    MaxDays,
+    MaxGpus,
+    MaxUsd,
+    MicroBatchSizes,
+    Mtp,
+    Offloads,
+    Policies,
+    Pp,
+    Precisions,
+    Schedules,
+    SequenceParallel,
+    Tp,
+    TpWithin,
+    UnevenLayers,
+    Vpp,
+    ZeroStages,
+    cluster_sizes,
+    compared_plans,
+    make_constraints,
+)
+
+if TYPE_CHECKING:
+    from simllm.hardware import Cluster
+    from simllm.training import Estimate, Training
 
 __all__ = ["plan"]
 
@@ -38,8 +76,9 @@ __all__ = ["plan"]
 def plan(
     model: ModelName,
     cluster: ClusterName,
-    gpus: Gpus,
     global_batch_size: GlobalBatchSize,
+    gpus: GpuCounts = None,
+    max_gpus: MaxGpus = None,
     seq_len: SeqLen = None,
     tokens: Tokens = None,
     top: Annotated[str, typer.Option("--top", metavar="K", help="How many plans to show.")] = "5",
@@ -51,7 +90,25 @@ def plan(
             help="time: the shortest step with all GPUs; cost: the fewest GPU-hours; gpus: the fewest GPUs.",
         ),
     ] = "time",
-    precision: Precision = "bf16",
+    precision: Precisions = "bf16",
+    tp: Tp = None,
+    pp: Pp = None,
+    vpp: Vpp = None,
+    cp: Cp = None,
+    ep: Ep = None,
+    dp: Dp = None,
+    zero: ZeroStages = None,
+    micro_batch_size: MicroBatchSizes = None,
+    recompute: Policies = None,
+    offload: Offloads = None,
+    schedule: Schedules = None,
+    sequence_parallel: SequenceParallel = None,
+    uneven_layers: UnevenLayers = False,
+    tp_within: TpWithin = "domain",
+    max_days: MaxDays = None,
+    max_usd: MaxUsd = None,
+    compare: Compare = None,
+    mtp: Mtp = False,
     stack: StackName = "megatron-core",
     memory_headroom: Headroom = "0.05",
     optimizer: OptimizerName = "adam",
@@ -59,12 +116,25 @@ def plan(
     gradient_precision: GradientPrecision = None,
     flop_convention: FlopConvention = "full-attention",
     price: Price = None,
+    mtbf: Mtbf = None,
+    restart: Restart = None,
+    storage_bandwidth: StorageBandwidth = None,
+    checkpoint_interval: CheckpointInterval = None,
+    node_power: NodePower = None,
+    pue: Pue = None,
+    grid_intensity: GridIntensity = None,
+    sensitivity: Sensitivity = False,
     as_json: Json = False,
     output: Output = None,
+    plot: Plot = None,
+    report: Report = None,
+    trace: Trace = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Find the best plans and say why they are.
 
-    Exit status 1 when no plan fits; the answer is then the plan nearest to fitting.
+    Exit status 1 when no plan fits; the answer is then the plan nearest to fitting, and what would have
+    to change. Lists are written with commas: --tp 4,8.
 
     \b
     Example:
@@ -72,28 +142,101 @@ def plan(
         --seq-len 8192 --tokens 15T
     """
     from simllm import planner
+    from simllm.models import Model
+    from simllm.planner.sensitivity import sensitivity as what_would_help
     from simllm.report.plans import search_dict, search_report
+    from simllm.report.runs import run_report
+    from simllm.report.sensitivities import sensitivity_report
     from simllm.training.budget import budget
 
-    check_output(output)
-    run_tokens, usd = optional_tokens(tokens), optional_price(price)
-    loaded = load_model(model)
-    where = load_cluster(cluster, gpus)
+    check_output(output, overwrite=overwrite)
+    picture = check_plot(plot, overwrite)
+    check_output(report, "--report", overwrite, ".html")
+    check_output(trace, "--trace", overwrite, ".json")
+    run_tokens = optional_tokens(tokens)
+    operation = optional_operation(
+        run_tokens, price, mtbf, restart, storage_bandwidth, checkpoint_interval, node_power, pue, grid_intensity
+    )
+    constraints = make_constraints(
+        tp=tp,
+        pp=pp,
+        vpp=vpp,
+        cp=cp,
+        ep=ep,
+        dp=dp,
+        zero=zero,
+        micro_batch_size=micro_batch_size,
+        recompute=recompute,
+        offload=offload,
+        schedule=schedule,
+        precision=precision,
+        sequence_parallel=sequence_parallel,
+        uneven_layers=uneven_layers,
+        tp_within=tp_within,
+        max_days=max_days,
+        max_usd=max_usd,
+    )
+    loaded = Model.load(model, mtp=mtp)
+    where, sizes = cluster_sizes(cluster, gpus, max_gpus)
     run = make_training(
         loaded, seq_len, stack, memory_headroom, optimizer, master_weights, gradient_precision, flop_convention
     )
+    batch, shown = count(global_batch_size, "--global-batch-size"), count(top, "--top", maximum=1000)
     with progress("plans priced") as tick:
         search = planner.plan(
             loaded,
             where,
             run,
-            global_batch_size=count(global_batch_size, "--global-batch-size"),
-            precision=precision,
+            global_batch_size=batch,
             objective=objective,
-            top=count(top, "--top", maximum=1000),
+            top=shown,
+            constraints=constraints,
+            sizes=sizes,
+            tokens=run_tokens,
+            usd_per_gpu_hour=operation.usd_per_gpu_hour,
+            compare=compared_plans(compare, loaded, where, run, batch, constraints.precision[0]),
             progress=tick,
         )
-    runs = [] if run_tokens is None else [budget(answer, run_tokens, usd) for answer in search.plans]
-    emit(lambda: search_dict(search, runs), lambda: search_report(search, runs), as_json, output)
+
+        def best(cluster: Cluster, training: Training, sequences: int) -> Estimate | None:
+            found = planner.plan(
+                loaded,
+                cluster,
+                training,
+                global_batch_size=sequences,
+                objective=objective,
+                top=1,
+                constraints=constraints,
+                tokens=run_tokens,
+                usd_per_gpu_hour=operation.usd_per_gpu_hour,
+                progress=tick,
+            )
+            return found.plans[0] if found.plans else None
+
+        changes = what_would_help(search.plans[0], search=best) if sensitivity and search.plans else ()
+    runs = [] if run_tokens is None else [budget(answer, run_tokens, operation=operation) for answer in search.plans]
+    if plot is not None and search.plans:
+        from simllm.report.plan_plots import plot_plans
+
+        write_file(plot, plot_plans(search.plans, picture), "--plot")
+    if report is not None:
+        from simllm.report.html import search_page
+
+        write_file(report, search_page(search, runs, changes, command_line()), "--report")
+    if trace is not None and search.plans:
+        from simllm.report.trace import trace_json
+        from simllm.training.timeline import step_timeline
+
+        write_file(trace, trace_json(search.plans[0], step_timeline(search.plans[0])), "--trace")
+    emit(
+        lambda: search_dict(search, runs, changes),
+        lambda: [
+            *search_report(search, runs),
+            *(run_report(runs[0]) if runs else []),
+            *(sensitivity_report(changes) if changes else []),
+        ],
+        as_json,
+        output,
+    )
     if not search.plans:
         raise typer.Exit(1)

@@ -8,10 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from simllm.cli.options import Json, Output, Plot, count
+from simllm.cli.options import Json, Output, Overwrite, Plot, count
 from simllm.cli.output import check_output, check_plot, emit, progress, write_file
+from simllm.cli.validate_torch import torch
 
-__all__ = ["COMMANDS", "collectives", "runs"]
+__all__ = ["COMMANDS", "collectives", "kernels", "runs", "torch"]
 
 
 def runs(
@@ -30,6 +31,7 @@ def runs(
     plot: Plot = None,
     as_json: Json = False,
     output: Output = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Predict every training run of a table and print the errors.
 
@@ -44,8 +46,8 @@ def runs(
     from simllm.report.validation import validation_report
     from simllm.validation.runs import validate_runs
 
-    check_output(output)
-    picture = check_plot(plot)
+    check_output(output, overwrite=overwrite)
+    picture = check_plot(plot, overwrite)
     with progress("runs predicted") as tick:
         report = validate_runs(file, progress=tick)
     if ablate:
@@ -87,6 +89,7 @@ def collectives(
     ] = None,
     as_json: Json = False,
     output: Output = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Predict every collective of a table and print the errors.
 
@@ -101,7 +104,7 @@ def collectives(
     from simllm.report.validation import collective_validation_report
     from simllm.validation.collectives import validate_collectives
 
-    check_output(output)
+    check_output(output, overwrite=overwrite)
     parts = None if folds is None else count(folds, "--cross-validate", maximum=1000)
     with progress("collectives priced") as tick:
         report = validate_collectives(file, cluster, progress=tick)
@@ -116,4 +119,45 @@ def collectives(
     emit(report.to_dict, lambda: collective_validation_report(report), as_json, output)
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {"runs": runs, "collectives": collectives}
+def kernels(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Table of kernel timings (CSV).")],
+    left_out: Annotated[
+        bool,
+        typer.Option(
+            "--left-out/--no-left-out",
+            help="Also fit every curve again without each fifth of its shapes, and predict those.",
+        ),
+    ] = True,
+    as_json: Json = False,
+    output: Output = None,
+    plot: Plot = None,
+) -> None:
+    """Predict every kernel timing of a table and print the errors.
+
+    Errors of the shipped curves and, beside them, on shapes left out of the fit. No row is dropped; one that cannot be
+    priced is listed with its reason.
+
+    \b
+    Example:
+      simllm validate kernels tests/published/kernels.csv --plot kernels.png
+    """
+    from simllm.report.kernels import kernel_validation_report
+    from simllm.validation.kernels import validate_kernels
+
+    check_output(output)
+    picture = check_plot(plot)
+    with progress("devices fitted again") as tick:
+        report = validate_kernels(file, left_out=left_out, progress=tick)
+    if plot is not None:
+        from simllm.report.kernel_plots import plot_kernel_validation
+
+        write_file(plot, plot_kernel_validation(report, picture), "--plot")
+    emit(report.to_dict, lambda: kernel_validation_report(report), as_json, output)
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "runs": runs,
+    "collectives": collectives,
+    "kernels": kernels,
+    "torch": torch,
+}

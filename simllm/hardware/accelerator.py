@@ -78,6 +78,7 @@ class AcceleratorProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     tdp: Watts | None = None
     price: DollarsPerHour | None = None
     reference_systems: tuple[str, ...] = ()
+    kernels: str | None = None
     notes: str | None = None
 
 
@@ -114,6 +115,8 @@ class Accelerator:
         profile: devices with another power limit.
     reference_systems : tuple of str
         Systems of the catalog that hold this device or its nearest relative; the first is the usual one.
+    kernels : Path or None
+        Its own file of kernel curves; None for the catalog's.
     figures : mapping of str to Figure
         Every number as printed, with unit, source and basis, by key path.
     """
@@ -136,6 +139,7 @@ class Accelerator:
     price_usd_per_hour: float | None = None
     sustained: tuple[tuple[str, float], ...] = ()
     reference_systems: tuple[str, ...] = ()
+    kernels: Path | None = None
     notes: str | None = None
     figures: Mapping[str, Figure] = field(default_factory=dict, compare=False, repr=False)
 
@@ -164,10 +168,10 @@ def load_accelerator(name_or_path: str | Path, *, beside: Path | None = None) ->
     path = profile_file(
         "accelerators", str(name_or_path), "accelerator", "(`simllm hardware list` shows all)", beside=beside
     )
-    return _accelerator(load_profile_file(path, AcceleratorProfile))
+    return _accelerator(load_profile_file(path, AcceleratorProfile), path.parent)
 
 
-def _accelerator(profile: AcceleratorProfile) -> Accelerator:
+def _accelerator(profile: AcceleratorProfile, folder: Path) -> Accelerator:
     peak = {key.removeprefix("peak_flops."): figure.si for key, figure in figures_of(profile.peak_flops).items()}
     return Accelerator(
         name=profile.name,
@@ -187,6 +191,7 @@ def _accelerator(profile: AcceleratorProfile) -> Accelerator:
         tdp_w=profile.tdp.si if profile.tdp else None,
         price_usd_per_hour=profile.price.si / to_si(1, "USD/h") if profile.price else None,
         reference_systems=profile.reference_systems,
+        kernels=folder / profile.kernels if profile.kernels else None,
         notes=profile.notes,
         figures=figures_of(profile),
     )

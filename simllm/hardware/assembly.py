@@ -11,6 +11,7 @@ from simllm.errors import InputError
 from simllm.hardware.accelerator import Accelerator
 from simllm.hardware.fabric import CubeMesh, FatTree, ScaleUpFabric, Torus
 from simllm.hardware.figures import Figure
+from simllm.hardware.host import Host
 
 __all__ = ["Cluster", "assemble", "require_count"]
 
@@ -55,6 +56,8 @@ class Cluster:
         The wiring, for `simllm.hardware.topology.build_topology`.
     nic_attach : str
         ``pcie`` when devices reach their NICs over the host's PCIe, ``accelerator`` when nothing slower lies between.
+    host : Host or None
+        Memory, links and drives of a node's host, where they are known.
     figures : mapping of str to Figure
         Every number of the system as printed, with unit, source and basis, by key path.
     """
@@ -76,6 +79,7 @@ class Cluster:
     scaleup_fabric: ScaleUpFabric
     scaleout_fabric: FatTree | None = None
     nic_attach: str = "pcie"
+    host: Host | None = None
     figures: Mapping[str, Figure] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
@@ -142,6 +146,7 @@ def assemble(
     nics_per_node: int | None,
     nic_attach: str,
     figures: Mapping[str, Figure],
+    host: Host | None = None,
     max_nodes: int | None = None,
 ) -> Cluster:
     """A cluster from its facts, after every check that needs more than one of them.
@@ -180,6 +185,7 @@ def assemble(
         scaleup_fabric=scaleup_fabric,
         scaleout_fabric=scaleout_fabric,
         nic_attach=nic_attach,
+        host=host,
         figures=figures,
     )
     _check_size(cluster)

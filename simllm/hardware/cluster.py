@@ -70,6 +70,7 @@ def load_cluster(name_or_path: str | Path, num_gpus: int) -> Cluster:
         nics_per_node=int(system.node.nics.value) if system.node.nics else None,
         nic_attach=scaleout.attach if scaleout else "pcie",
         max_nodes=int(system.max_nodes.value) if system.max_nodes else None,
+        host=system.host,
         figures=figures_of(system),
     )
 
@@ -163,6 +164,7 @@ def make_cluster(
         scaleout_fabric=_untapered(network.fabric if network else "fat-tree") if has_network else None,
         nics_per_node=nics,
         nic_attach=network.attach if network else "pcie",
+        host=reference.host if reference is not None and reference.node.gpus.value == gpus_per_node else None,
         figures=figures,
     )
 

@@ -11,7 +11,7 @@ import re
 import reprlib
 import types
 from difflib import get_close_matches
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 import msgspec
 
@@ -151,9 +151,11 @@ class Watts(Figure, frozen=True):
 
 
 class DollarsPerHour(Figure, frozen=True):
-    """A price for renting."""
+    """A price for renting, with the date (year, or year and month) that it was read."""
 
     dimension = "money/time"
+
+    date: Annotated[str, msgspec.Meta(pattern=r"^20\d\d(-(0[1-9]|1[0-2]))?$")] | None = None
 
 
 def _either(names: list[str]) -> str:

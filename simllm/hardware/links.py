@@ -7,6 +7,7 @@ the constants of the formulas in `simllm.network`.
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,7 @@ __all__ = [
     "ALGORITHMS",
     "PROTOCOLS",
     "Curve",
+    "Earlier",
     "Extra",
     "Link",
     "Part",
@@ -29,6 +31,7 @@ __all__ = [
     "SlotParts",
     "SwitchCurve",
     "link_beside",
+    "link_of_library",
     "list_links",
     "load_link",
 ]
@@ -120,6 +123,9 @@ class Curve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         Slots that each GPU copies locally, for rings and all-to-all; None for none.
     injection : Figure or None
         Of a broadcast: the rate at which the root hands short messages to the ring and goes on to the next call.
+    chunk : Figure or None
+        Of a broadcast: what all channels together hand over at a time, where it arrives whole before it goes on; None
+        where the pipeline is finer than that.
     ll, ll128 : Protocol or None
         NCCL's protocols of short messages, where the library has them.
     """
@@ -131,6 +137,7 @@ class Curve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     ramp: Seconds
     copy: SlotParts | None = None
     injection: BytesPerSecond | None = None
+    chunk: Bytes | None = None
     ll: Protocol | None = None
     ll128: Protocol | None = None
 
@@ -170,6 +177,11 @@ class Curve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         if short is None:
             return self.ramp.si
         return 0.0 if short.ramp is None else short.ramp.si
+
+    @property
+    def chunk_bytes(self) -> float:
+        """What the channels hand over whole; zero for nothing."""
+        return 0.0 if self.chunk is None else self.chunk.si
 
     @property
     def copied_slots(self) -> float:
@@ -232,6 +244,27 @@ class Posting(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     message: Seconds
 
 
+class Earlier(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What older versions of the library made of the same wires.
+
+    Attributes
+    ----------
+    library : str
+        Its name, as the column `library` of a table of collectives begins.
+    version : str
+        The last version to which the other class applies, such as ``2.10``.
+    link : str
+        That link class.
+    source : str
+        What shows that versions differ, and where.
+    """
+
+    library: str
+    version: str
+    link: str
+    source: str
+
+
 class Link(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One class of links.
 
@@ -243,6 +276,11 @@ class Link(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         ``scale-up`` (inside a domain) or ``scale-out`` (between domains).
     like : str or None
         The class nearest in kind, whose figures hold where this one was never measured.
+    pools : bool
+        Whether this is no class of any machine but what the classes like it have in common: its figures are fitted to
+        the measurements of all of them, and those of a class with few measurements stay near them.
+    earlier : Earlier or None
+        The class of the same wires under old versions of the library.
     algorithms : tuple of str
         Of a scale-up link: algorithms of the library that drives it.
     ring, all_to_all, p2p : Curve
@@ -275,6 +313,8 @@ class Link(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     scope: Literal["scale-up", "scale-out"]
     description: str
     like: str | None = None
+    pools: bool = False
+    earlier: Earlier | None = None
     algorithms: tuple[Algorithm, ...] = ()
     ring: Curve
     broadcast: Curve | None = None
@@ -324,6 +364,23 @@ def load_link(name: str) -> Link:
     return load_profile_file(profile_file("links", name, "link class"), Link)
 
 
+def link_of_library(name: str, library: str) -> str:
+    """The class of the same wires under a version of the library, written as tables of collectives do.
+
+    Examples
+    --------
+    >>> [link_of_library("nvlink3", library) for library in ("NCCL 2.8.4", "NCCL 2.27.3", "")]
+    ['nvlink3-nccl-2-10', 'nvlink3', 'nvlink3']
+    """
+    earlier = load_link(name).earlier
+    version = re.search(r"\d+(?:\.\d+)+(?!\w)", library)
+    if earlier is None or version is None or not library.startswith(earlier.library):
+        return name
+    last = [int(part) for part in earlier.version.split(".")]
+    given = [int(part) for part in version[0].split(".")][: len(last)]
+    return earlier.link if given <= last else name
+
+
 def link_beside(name: str, folder: Path) -> str:
     """A link class as a profile in ``folder`` names it: a path of one's own file is relative to that folder."""
     return str(folder / name) if name.lower().endswith((".yaml", ".yml")) else name
@@ -333,6 +390,8 @@ def _check(path: Path, data: dict[str, Any]) -> list[str]:
     link = load_profile(data, Link, str(path))
     if link.like is not None and link.like not in list_links():
         return [f"{path}: like: no link class {link.like!r}; use {', '.join(list_links())}"]
+    if link.earlier is not None and link.earlier.link not in list_links():
+        return [f"{path}: earlier: no link class {link.earlier.link!r}; use {', '.join(list_links())}"]
     return []
 
 

@@ -105,6 +105,11 @@ class States(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         The copy that layers compute with under full sharding, while they are gathered.
     gradient_on_wire : BytesPer
         Bytes per parameter that a gradient reduction sends.
+    gradient_buckets : Bytes, optional
+        Buffers that gradients and parameters pass through on their way to other ranks, where they are not the gradient
+        buffer itself; at most a gradient and a parameter of every parameter.
+    gradient_bf16 : BytesPer, optional
+        The gradient buffer of runs in bf16, where the software has another optimizer for them: without buckets.
     """
 
     parameter: BytesPer
@@ -112,6 +117,8 @@ class States(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     master: BytesPer
     gathered_parameter: BytesPer
     gradient_on_wire: BytesPer
+    gradient_buckets: Bytes | None = None
+    gradient_bf16: BytesPer | None = None
 
 
 class Costs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

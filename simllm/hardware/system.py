@@ -11,6 +11,7 @@ from simllm.errors import InputError
 from simllm.hardware.accelerator import load_accelerator
 from simllm.hardware.fabric import FatTree, load_fabric
 from simllm.hardware.figures import BytesPerSecond, Count
+from simllm.hardware.host import Host
 from simllm.hardware.links import link_beside, load_link
 from simllm.hardware.profiles import load_profile, register_kind
 
@@ -64,6 +65,7 @@ class SystemProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     node: _Node
     scaleup: _ScaleUp
     scaleout: _ScaleOut | None = None
+    host: Host | None = None
     max_nodes: Count | None = None
     published_nodes: Count | None = None
     notes: str | None = None

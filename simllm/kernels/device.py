@@ -10,7 +10,7 @@ from simllm.hardware.accelerator import Accelerator
 from simllm.kernels.attention import AttentionModel, flash_attention_time, unfused_attention_time
 from simllm.kernels.matmul import MatmulModel, MatmulTime, even_groups, matmul_parts
 from simllm.kernels.memory import memory_bound_time
-from simllm.kernels.profile import KernelProfile, load_form, load_kernel_profile
+from simllm.kernels.profile import KernelProfile, load_form, load_kernel_profile, own_kernel_profile
 from simllm.kernels.schema import AttentionEntry, FormFile, MatmulEntry
 
 __all__ = ["Kernels", "bind_attention", "bind_matmul"]
@@ -45,7 +45,7 @@ class Kernels:
 
     def __init__(self, accelerator: Accelerator, *, profile: KernelProfile | None = None, burst: bool = False) -> None:
         self.accelerator = accelerator
-        self.profile = profile or load_kernel_profile(accelerator.name, accelerator.vendor)
+        self.profile = profile or _profile_of(accelerator)
         self.burst = burst
         self._form = load_form()
         self._matmul_models: dict[str, MatmulModel] = {}
@@ -161,7 +161,7 @@ class Kernels:
         direction : {"forward", "backward"}
             Backward includes the recomputation of the scores that fused kernels do.
         precision : str
-            bf16 or fp16; unfused attention also fp32 and tf32.
+            bf16 or fp16, or what the device's entry names; unfused attention also fp32 and tf32.
         score_bytes : float, optional
             Unfused only: bytes moved per score beside the matmuls; those of a fused softmax and dropout if left out.
         """
@@ -181,12 +181,26 @@ class Kernels:
         )
         return seconds
 
-    def memory_bound(self, size_bytes: float) -> float:
-        """Seconds of one kernel that reads and writes ``size_bytes`` in all and computes next to nothing."""
+    def memory_bound(self, size_bytes: float, kind: str = "") -> float:
+        """Seconds of one kernel that reads and writes ``size_bytes`` in all and computes next to nothing.
+
+        Parameters
+        ----------
+        size_bytes : float
+            Bytes read plus bytes written.
+        kind : str
+            What the kernel does and in which direction (``norm forward``, ``optimizer``), for devices whose profile
+            tells kinds apart.
+        """
         profile = self.profile
-        return memory_bound_time(
-            size_bytes, self.accelerator.memory_bandwidth, profile.memory_efficiency, profile.launch_s
-        )
+        efficiency = profile.stream_efficiency.get(kind, profile.memory_efficiency)
+        return memory_bound_time(size_bytes, self.accelerator.memory_bandwidth, efficiency, profile.launch_s)
+
+    def attention_precisions(self, implementation: str) -> tuple[str, ...]:
+        """The precisions that an implementation of `attention` runs in."""
+        entries = self.profile.attention.get(implementation)
+        entry = (entries.forward or entries.backward) if entries else None
+        return entry.precisions if entry else self.precisions
 
     def _price_matmul(
         self, rows: tuple[tuple[int, int], ...], n: int, k: int, precision: str, quantise: str | None
@@ -261,8 +275,10 @@ class Kernels:
                 f"direction={direction}: {implementation} is for inference and has none; "
                 f"use {', '.join(name for name in self.attention_implementations if name != implementation)}"
             )
-        if precision not in ("bf16", "fp16"):
-            raise InputError(f"precision={precision}: {implementation} attention runs in bf16 or fp16")
+        if precision not in entry.precisions:
+            raise InputError(
+                f"precision={precision}: {implementation} attention runs in {' or '.join(entry.precisions)}"
+            )
         return flash_attention_time(
             bind_attention(
                 self.accelerator,
@@ -323,6 +339,13 @@ class Kernels:
         return next((shares[name] for name in self._form.precisions[precision].curves if name in shares), 1.0)
 
 
+def _profile_of(accelerator: Accelerator) -> KernelProfile:
+    """The file that the accelerator names for itself, or the catalog's."""
+    if accelerator.kernels is not None:
+        return own_kernel_profile(accelerator.name, accelerator.kernels)
+    return load_kernel_profile(accelerator.name, accelerator.vendor)
+
+
 def bind_matmul(
     accelerator: Accelerator, entry: MatmulEntry, form: FormFile, precision: str, sustained: float = 1.0
 ) -> MatmulModel:
@@ -364,10 +387,10 @@ def bind_attention(
     """A fused attention entry and a device as plain SI numbers."""
     peaks = accelerator.peak_flops
     # Both 16-bit formats run at one rate; a device may print only one of them.
-    peak = peaks.get(precision) or peaks.get("fp16") or peaks.get("bf16")
+    peak = peaks.get(precision) or (peaks.get("fp16") or peaks.get("bf16") if precision in ("bf16", "fp16") else None)
     if peak is None:
         raise InputError(
-            f"{accelerator.name} has no 16-bit rate, which fused attention needs; it has {', '.join(peaks)}"
+            f"{accelerator.name} has no {precision} rate, which fused attention needs; it has {', '.join(peaks)}"
         )
     shape = form.attention
     sizes = sorted(entry.rate)
@@ -382,7 +405,7 @@ def bind_attention(
         masked=entry.masked.si("fraction"),
         tile_rows=round(entry.tile_rows.si("count")),
         launch_s=entry.launch.si("time"),
-        element_bytes=shape.element.si("bytes"),
+        element_bytes=form.precisions[precision].element.si("bytes"),
         join=shape.join_exponent,
         work=shape.backward_work if backward else 1.0,
         backward=backward,

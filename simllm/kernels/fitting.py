@@ -7,21 +7,44 @@ import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import msgspec
 
+from simllm.errors import InputError
 from simllm.hardware.accelerator import Accelerator
 from simllm.kernels.attention import AttentionModel, flash_attention_time
 from simllm.kernels.device import bind_attention, bind_matmul
 from simllm.kernels.matmul import matmul_time
-from simllm.kernels.measurements import AttentionRow, MatmulRow, harness_time
+from simllm.kernels.measurements import harness_time
+from simllm.kernels.rows import AttentionRow, MatmulRow, StreamRow
 from simllm.kernels.schema import AttentionEntry, FitParameter, FormFile, MatmulEntry, Quantity, Residual
 from simllm.units import to_si
 
-__all__ = ["attention_seconds", "fit_attention", "fit_matmul", "residual"]
+__all__ = [
+    "attention_seconds",
+    "fit_attention",
+    "fit_matmul",
+    "fit_stream",
+    "left_out_times",
+    "require_scipy",
+    "residual",
+]
 
-Row = TypeVar("Row", MatmulRow, AttentionRow)
+Row = TypeVar("Row", MatmulRow, AttentionRow, StreamRow)
+
+
+def require_scipy() -> None:
+    """Refuse to fit without scipy, before anything is measured or read.
+
+    Raises
+    ------
+    InputError
+        It is not installed.
+    """
+    if find_spec("scipy") is None:
+        raise InputError("a fit needs scipy; install it with: pip install 'simllm[calibrate]'")
 
 
 def fit_matmul(
@@ -110,7 +133,7 @@ def fit_attention(
 
     def seconds(values: Mapping[str, float]) -> list[float]:
         trial = entry(values)
-        model = bind_attention(accelerator, trial, form, backward, efficiency, "bf16")
+        model = bind_attention(accelerator, trial, form, backward, efficiency, rows[0].precision)
         bandwidth = accelerator.memory_bandwidth * efficiency
         return [attention_seconds(row, model) + harness_time(row, trial, bandwidth) for row in rows]
 
@@ -132,28 +155,45 @@ def attention_seconds(row: AttentionRow, model: AttentionModel) -> float:
     )
 
 
-def residual(
+def left_out_times(
     rows: Sequence[Row],
-    fitted: Any,
     fit: Callable[[Sequence[Row]], Any],
     price: Callable[[Any, Sequence[Row]], list[float]],
     form: FormFile,
-    rule: str,
-    held_out: bool,
-) -> Residual:
-    """Errors of a fit over the rows worth scoring, and on shapes left out of it (folds by shape) where rows suffice."""
-    scored = [row for row in rows if row.scored] or list(rows)
-    errors = [abs(t / row.time_s - 1) for t, row in zip(price(fitted, scored), scored, strict=True)]
+) -> dict[int, float]:
+    """Seconds that each row gets from a fit without its shape (folds by shape), by row; none where rows are too few."""
+    if len(rows) < form.fit.few_rows:
+        return {}
     shapes = sorted({row.shape for row in rows})
     random.Random(0).shuffle(shapes)
     fold = {shape: place % form.fit.folds for place, shape in enumerate(shapes)}
-    left_out: list[float] = []
-    if held_out and len(rows) >= form.fit.few_rows:
-        for number in range(form.fit.folds):
-            test = [row for row in scored if fold[row.shape] == number]
-            rest = [row for row in rows if fold[row.shape] != number]
-            if test:
-                left_out += [abs(t / r.time_s - 1) for t, r in zip(price(fit(rest), test), test, strict=True)]
+    found: dict[int, float] = {}
+    for number in range(form.fit.folds):
+        test = [row for row in rows if fold[row.shape] == number]
+        rest = [row for row in rows if fold[row.shape] != number]
+        if test and rest:
+            seconds = price(fit(rest), test)
+            found |= {row.index: time_s for row, time_s in zip(test, seconds, strict=True)}
+    return found
+
+
+def residual(
+    rows: Sequence[Row], fitted_s: Mapping[int, float], left_out_s: Mapping[int, float], rule: str
+) -> Residual:
+    """Errors of a fit over the rows worth scoring, in sample and, where these are known, with their shape left out.
+
+    Parameters
+    ----------
+    rows : sequence of rows
+        What was fitted.
+    fitted_s, left_out_s : mapping of int to float
+        Seconds by row: of the fit, and of fits without the row's shape.
+    rule : str
+        Which rows are worth scoring, in words.
+    """
+    scored = [row for row in rows if row.scored] or list(rows)
+    errors = [abs(fitted_s[row.index] / row.time_s - 1) for row in scored]
+    left_out = [abs(left_out_s[row.index] / row.time_s - 1) for row in scored if row.index in left_out_s]
     return Residual(
         rows=len(rows),
         scored=len(scored),
@@ -162,6 +202,25 @@ def residual(
         p90=round(_quantile(errors, 0.9), 4),
         held_out_median=round(statistics.median(left_out), 4) if left_out else None,
         held_out_p90=round(_quantile(left_out, 0.9), 4) if left_out else None,
+    )
+
+
+def fit_stream(rows: Sequence[StreamRow], bandwidth: float, launch_s: float) -> float:
+    """The share of the bandwidth that kernels of one kind reach: the median over rows, launches taken off.
+
+    Parameters
+    ----------
+    rows : sequence of StreamRow
+        Timings of one kind.
+    bandwidth : float
+        Memory bandwidth, bytes/s.
+    launch_s : float
+        Shortest time of a kernel.
+    """
+    large = [row for row in rows if row.scored] or list(rows)
+    # A row that takes no longer than its launches says nothing of the memory; half its time is taken to be streaming.
+    return statistics.median(
+        row.size_bytes / bandwidth / max(row.time_s - row.kernels * launch_s, row.time_s / 2) for row in large
     )
 
 

@@ -1,7 +1,8 @@
-"""Published kernel timings: reading a table of them and pricing the same kernel.
+"""Kernel timings: reading a table of them and pricing the same kernel.
 
 The columns are those of ``tests/published/kernels.csv``: ``gpu, op, direction, m, n, k, b, s, h, h_kv, d, causal,
-dtype, time_us, tflops, library, notes``. A row that cannot be priced is returned with the reason, never dropped.
+dtype, time_us, tflops, library, notes``; rows with ``op`` ``stream`` also use ``operator, bytes, kernels``. A row that
+cannot be priced is returned with the reason, never dropped.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,81 +18,12 @@ from simllm.hardware.accelerator import load_accelerator
 from simllm.hardware.profiles import find_profile
 from simllm.kernels.device import Kernels
 from simllm.kernels.profile import kernel_folder, known_kernel_profiles, load_form
+from simllm.kernels.rows import AttentionRow, MatmulRow, Rows, SkippedRow, StreamRow
 from simllm.kernels.schema import AttentionEntry, MatmulEntry, read_kernels
 
-__all__ = ["AttentionRow", "MatmulRow", "SkippedRow", "parse_rows", "predict"]
+__all__ = ["harness_time", "parse_rows", "predict"]
 
 _PRECISIONS = {"f8_r": "fp8", "f8": "fp8", "bf16_r": "bf16", "f16": "fp16", "fp4": "nvfp4"}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MatmulRow:
-    """One timed matmul, in SI units; ``quantise`` as `Kernels.matmul` takes it."""
-
-    index: int
-    accelerator: str
-    precision: str
-    m: int
-    n: int
-    k: int
-    count: int
-    time_s: float
-    library: str
-    source: str
-    harness: bool
-    sustained: bool
-    quantise: str
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """What makes two rows the same problem."""
-        return (self.m, self.n, self.k, self.count)
-
-    @property
-    def scored(self) -> bool:
-        """Whether the row is of a size that training runs are made of."""
-        return min(self.m, self.n, self.k) >= 1024
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AttentionRow:
-    """One timed attention kernel, in SI units."""
-
-    index: int
-    accelerator: str
-    implementation: str
-    direction: str
-    batch: int
-    heads: int
-    kv_heads: int
-    seq_len: int
-    head_dim: int
-    v_head_dim: int
-    work_fraction: float
-    time_s: float
-    library: str
-    source: str
-    kv_cache: bool
-    harness: bool
-    sustained: bool
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """What makes two rows the same problem."""
-        return (self.batch, self.heads, self.kv_heads, self.seq_len, self.head_dim, self.v_head_dim)
-
-    @property
-    def scored(self) -> bool:
-        """Whether the row is of a size that training runs are made of."""
-        return self.seq_len >= 1024
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SkippedRow:
-    """A row that is not priced, and why."""
-
-    index: int
-    reason: str
 
 
 @lru_cache(maxsize=8)
@@ -105,8 +36,8 @@ def _names(folder: Path) -> dict[str, str]:
 
 
 def parse_rows(
-    table: Iterable[Mapping[str, object]], folder: Path | None = None
-) -> tuple[list[MatmulRow], list[AttentionRow], list[SkippedRow]]:
+    table: Iterable[Mapping[str, object]], folder: Path | None = None, accelerator: str | None = None
+) -> Rows:
     """Rows of a table of kernel timings, by kind, and those that say too little.
 
     Parameters
@@ -115,22 +46,27 @@ def parse_rows(
         Rows by column name, as ``csv.DictReader`` gives them. Missing cells are empty, ``nan`` or absent.
     folder : Path, optional
         Folder of kernel files, for what tables call a device and an implementation.
+    accelerator : str, optional
+        The device that all rows were timed on, whatever their ``gpu`` says.
     """
     folder = folder or kernel_folder()
     matmuls: list[MatmulRow] = []
     attentions: list[AttentionRow] = []
+    streams: list[StreamRow] = []
     skipped: list[SkippedRow] = []
     for index, cells in enumerate(table):
         try:
-            row = _parse(index, cells, folder)
+            row = _parse(index, cells, folder, accelerator)
         except InputError as error:
             skipped.append(SkippedRow(index=index, reason=str(error)))
         else:
             if isinstance(row, MatmulRow):
                 matmuls.append(row)
-            else:
+            elif isinstance(row, AttentionRow):
                 attentions.append(row)
-    return matmuls, attentions, skipped
+            else:
+                streams.append(row)
+    return Rows(matmuls, attentions, streams, skipped)
 
 
 @lru_cache(maxsize=256)
@@ -138,7 +74,7 @@ def _kernels(accelerator: str, burst: bool) -> Kernels:
     return Kernels(load_accelerator(accelerator), burst=burst)
 
 
-def predict(row: MatmulRow | AttentionRow, kernels: Kernels | None = None) -> float:
+def predict(row: MatmulRow | AttentionRow | StreamRow, kernels: Kernels | None = None) -> float:
     """Seconds the model gives to a row, priced as its benchmark ran it.
 
     Matmuls in 8 and 4 bits include the quantisation by separate kernels where the row's library runs them; attention
@@ -146,17 +82,21 @@ def predict(row: MatmulRow | AttentionRow, kernels: Kernels | None = None) -> fl
 
     Parameters
     ----------
-    row : MatmulRow or AttentionRow
+    row : MatmulRow, AttentionRow or StreamRow
         The row.
     kernels : Kernels, optional
         What prices it; if left out, the shipped profile of its accelerator, at burst or sustained clocks as the row
         was timed.
     """
+    if isinstance(row, StreamRow):
+        kernels = kernels or _kernels(row.accelerator, True)
+        return row.kernels * kernels.memory_bound(row.size_bytes / row.kernels, row.kind)
     kernels = kernels or _kernels(row.accelerator, not row.sustained)
     if isinstance(row, MatmulRow):
         seconds = kernels.matmul(row.m, row.n, row.k, row.precision, row.count, row.quantise)
         return seconds + harness_time(row, kernels.matmul_entry(row.precision), kernels.accelerator.memory_bandwidth)
-    fused = kernels.attention(
+    unfused = row.implementation == "unfused"
+    seconds = kernels.attention(
         row.batch,
         row.heads,
         row.kv_heads,
@@ -167,10 +107,22 @@ def predict(row: MatmulRow | AttentionRow, kernels: Kernels | None = None) -> fl
         row.work_fraction,
         row.implementation,
         row.direction,
+        row.precision,
+        _eager_bytes(row) if unfused else None,
     )
+    if unfused:
+        return seconds
     entries = kernels.profile.attention[row.implementation]
     entry = entries.forward if row.direction == "forward" else entries.backward
-    return fused + harness_time(row, entry, kernels.accelerator.memory_bandwidth * kernels.profile.memory_efficiency)
+    return seconds + harness_time(row, entry, kernels.accelerator.memory_bandwidth * kernels.profile.memory_efficiency)
+
+
+def _eager_bytes(row: AttentionRow) -> float:
+    """Traffic per score of attention written as single operators, as tables time it beside fused kernels."""
+    form = load_form().unfused
+    if row.direction == "backward":
+        return form.eager_bytes_backward.si("bytes")
+    return form.eager_bytes_forward.si("bytes") + (row.work_fraction < 1) * form.eager_bytes_mask.si("bytes")
 
 
 def harness_time(row: MatmulRow | AttentionRow, entry: MatmulEntry | AttentionEntry | None, bandwidth: float) -> float:
@@ -181,9 +133,11 @@ def harness_time(row: MatmulRow | AttentionRow, entry: MatmulEntry | AttentionEn
     return fixed
 
 
-def _parse(index: int, cells: Mapping[str, object], folder: Path) -> MatmulRow | AttentionRow:
+def _parse(
+    index: int, cells: Mapping[str, object], folder: Path, accelerator: str | None
+) -> MatmulRow | AttentionRow | StreamRow:
     op = _text(cells, "op")
-    accelerator = _accelerator(_text(cells, "gpu"), folder)
+    accelerator = accelerator or _accelerator(_text(cells, "gpu"), folder)
     library, source, notes = _text(cells, "library") or "unstated", _text(cells, "source"), _text(cells, "notes")
     form = load_form(folder)
     harness = library.startswith(tuple(form.harness_libraries))
@@ -208,10 +162,26 @@ def _parse(index: int, cells: Mapping[str, object], folder: Path) -> MatmulRow |
             sustained=sustained,
             quantise="dynamic" if quantised and library.startswith(tuple(form.quantising_libraries)) else "none",
         )
+    if op == "stream":
+        operator = _text(cells, "operator")
+        if not operator:
+            raise InputError("operator is not stated; op=stream needs the kind of kernel")
+        return StreamRow(
+            index=index,
+            accelerator=accelerator,
+            kind=f"{operator} {_text(cells, 'direction')}".strip(),
+            size_bytes=_whole(cells, "bytes"),
+            kernels=_whole(cells, "kernels", 1),
+            time_s=_seconds(cells, 0.0),
+            library=library,
+            source=source,
+        )
     if op not in ("attention", "sdp_fwd", "sdp_bwd"):
-        raise InputError(f"op={op or 'empty'} is not modelled; use gemm, attention, sdp_fwd or sdp_bwd")
-    if _text(cells, "dtype") not in ("bf16", "fp16"):
-        raise InputError(f"dtype={_text(cells, 'dtype') or 'empty'} for attention is not modelled; use bf16 or fp16")
+        raise InputError(f"op={op or 'empty'} is not modelled; use gemm, attention, sdp_fwd, sdp_bwd or stream")
+    if _text(cells, "dtype") not in ("bf16", "fp16", "fp32"):
+        raise InputError(
+            f"dtype={_text(cells, 'dtype') or 'empty'} for attention is not modelled; use bf16, fp16 or fp32"
+        )
     direction = {"fwd": "forward", "bwd": "backward"}.get(_text(cells, "direction"))
     if direction is None:
         raise InputError(f"direction={_text(cells, 'direction') or 'empty'} is not known; use fwd or bwd")
@@ -228,6 +198,7 @@ def _parse(index: int, cells: Mapping[str, object], folder: Path) -> MatmulRow |
         accelerator=accelerator,
         implementation=_implementation(accelerator, library, direction, folder),
         direction=direction,
+        precision=_text(cells, "dtype"),
         batch=batch,
         heads=heads,
         kv_heads=kv_heads,
@@ -308,6 +279,6 @@ def _seconds(cells: Mapping[str, object], flops: float) -> float:
     if microseconds is not None:
         return microseconds * 1e-6
     tflops = _number(cells, "tflops")
-    if tflops is None:
+    if tflops is None or not flops:
         raise InputError("neither time_us nor tflops is stated")
     return flops / (tflops * 1e12)

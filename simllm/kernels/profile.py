@@ -26,7 +26,14 @@ from simllm.kernels.schema import (
     read_kernels,
 )
 
-__all__ = ["KernelProfile", "kernel_folder", "known_kernel_profiles", "load_form", "load_kernel_profile"]
+__all__ = [
+    "KernelProfile",
+    "kernel_folder",
+    "known_kernel_profiles",
+    "load_form",
+    "load_kernel_profile",
+    "own_kernel_profile",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +59,8 @@ class KernelProfile:
         Share of the memory bandwidth that elementwise kernels reach.
     launch_s : float
         Shortest time of a small kernel, seconds.
+    stream_efficiency : mapping of str to float
+        The same for kernels of one kind, by operator and direction, where these were measured.
     sustained : mapping of str to float
         Long-run over benchmark matmul rate, by precision.
     sustained_from : mapping of str to str
@@ -68,6 +77,7 @@ class KernelProfile:
     default_attention: str
     memory_efficiency: float
     launch_s: float
+    stream_efficiency: Mapping[str, float]
     sustained: Mapping[str, float]
     sustained_from: Mapping[str, str]
     assumptions: tuple[str, ...]
@@ -124,9 +134,27 @@ def load_kernel_profile(accelerator: str, vendor: str = "", folder: Path | None 
     ('default',)
     """
     folder = folder or kernel_folder()
-    name: str | None
     name, origin = _first_file(accelerator, vendor, folder)
-    chain: list[KernelFile] = []
+    return _profile(accelerator, origin, [], name, folder)
+
+
+def own_kernel_profile(accelerator: str, path: Path) -> KernelProfile:
+    """The kernel profile of a device of one's own, from a file outside the catalog.
+
+    What the file does not hold comes from the file of the catalog that it borrows from.
+
+    Parameters
+    ----------
+    accelerator : str
+        Name of the device.
+    path : Path
+        A file as `simllm calibrate` writes it.
+    """
+    file = read_kernels(path)
+    return _profile(accelerator, "own", [file], file.borrows, kernel_folder())
+
+
+def _profile(accelerator: str, origin: str, chain: list[KernelFile], name: str | None, folder: Path) -> KernelProfile:
     while name is not None:
         if name in [file.name for file in chain]:
             circle = " -> ".join([*(file.name for file in chain), name])
@@ -175,6 +203,7 @@ def _merge(accelerator: str, origin: str, chain: list[KernelFile]) -> KernelProf
     attention: dict[str, AttentionDirections] = {}
     sustained: dict[str, float] = {}
     sustained_from: dict[str, str] = {}
+    streams: dict[str, float] = {}
     memory: Fraction | None = None
     launch: Seconds | None = None
     default_attention = "unfused"
@@ -188,6 +217,7 @@ def _merge(accelerator: str, origin: str, chain: list[KernelFile]) -> KernelProf
             )
         sustained |= {precision: figure.si for precision, figure in file.sustained_fraction.items()}
         sustained_from |= dict.fromkeys(file.sustained_fraction, file.name)
+        streams |= {kind: figure.si for kind, figure in file.stream_efficiency.items()}
         memory = file.memory_efficiency or memory
         launch = file.launch or launch
         default_attention = file.default_attention or default_attention
@@ -207,6 +237,7 @@ def _merge(accelerator: str, origin: str, chain: list[KernelFile]) -> KernelProf
         default_attention=default_attention,
         memory_efficiency=memory.si,
         launch_s=launch.si,
+        stream_efficiency=streams,
         sustained=sustained,
         sustained_from=sustained_from,
         assumptions=_assumptions(accelerator, origin, chain),

@@ -128,8 +128,9 @@ class MatmulEntry(_Data, frozen=True, kw_only=True):
 class AttentionEntry(_Data, frozen=True, kw_only=True):
     """Fused attention in one direction; see `simllm.kernels.attention` for the formula.
 
-    ``rate`` is the share of the 16-bit peak by head size (mean of query and value head size) on long sequences without
-    a mask; ``masked`` is what is left of it under a mask that keeps half.
+    ``rate`` is the share of the peak (of 16-bit formats, or of those that ``precisions`` names) by head size (mean of
+    query and value head size) on long sequences without a mask; ``masked`` is what is left of it under a mask that
+    keeps half.
     ``harness`` is what the benchmark behind the rows adds to each call (host time, a key-value cache kernel's launch):
     part of the measured time, not of the kernel's cost.
     """
@@ -141,6 +142,7 @@ class AttentionEntry(_Data, frozen=True, kw_only=True):
     tile_rows: Quantity
     launch: Quantity
     harness: Quantity | None = None
+    precisions: tuple[str, ...] = ("bf16", "fp16")
     basis: Basis
     source: str
     note: str = ""
@@ -190,6 +192,11 @@ class KernelFile(_Data, frozen=True, kw_only=True):
         What tables of measurements call this accelerator.
     fitted_against : mapping of str to Quantity
         Peaks, bandwidth and compute units that the fitted fractions are of.
+    stream_efficiency : mapping of str to Fraction
+        What kernels of one kind reach of the memory bandwidth where that was measured, by operator and direction
+        (``norm forward``, ``optimizer``); all others reach ``memory_efficiency``.
+    stream_residual : mapping of str to Residual
+        How well these hold, by the same names.
     """
 
     kind: Literal["kernels"]
@@ -202,6 +209,8 @@ class KernelFile(_Data, frozen=True, kw_only=True):
     fitted_against: dict[str, Quantity] = msgspec.field(default_factory=dict)
     memory_efficiency: Fraction | None = None
     launch: Seconds | None = None
+    stream_efficiency: dict[str, Fraction] = msgspec.field(default_factory=dict)
+    stream_residual: dict[str, Residual] = msgspec.field(default_factory=dict)
     sustained_fraction: dict[str, Fraction] = msgspec.field(default_factory=dict)
     matmul: dict[str, MatmulEntry] = msgspec.field(default_factory=dict)
     default_attention: str | None = None
@@ -242,7 +251,6 @@ class AttentionForm(_Data, frozen=True, kw_only=True):
 
     join_exponent: float
     backward_work: float
-    element: Quantity
     head_dim_padding: list[tuple[int, int]]
     basis: Basis
     source: str
@@ -254,6 +262,9 @@ class UnfusedForm(_Data, frozen=True, kw_only=True):
 
     score_bytes_forward: Quantity
     score_bytes_backward: Quantity
+    eager_bytes_forward: Quantity
+    eager_bytes_mask: Quantity
+    eager_bytes_backward: Quantity
     basis: Basis
     source: str
     note: str = ""
@@ -279,6 +290,7 @@ class FitForm(_Data, frozen=True, kw_only=True):
     small_weight: float
     few_rows: int
     folds: int
+    peak_share: float
     note: str
 
 

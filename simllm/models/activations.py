@@ -7,15 +7,27 @@ The published formulas (Korthikanti 2022, arXiv:2205.05198, equations 1 to 6) fo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from simllm.errors import InputError, unknown_name
 from simllm.models.graph import Graph, Implementation, Layout, Operator, Tensor
-from simllm.models.operators import Attention
+from simllm.models.operators import Attention, GroupedProjection, Projection
 
-__all__ = ["Recompute", "kept_tensors", "recomputed_operators", "saved_bytes", "saved_bytes_by_operator"]
+__all__ = [
+    "Recompute",
+    "kept_tensors",
+    "recomputed_operators",
+    "saved_bytes",
+    "saved_bytes_by_operator",
+    "second_products",
+]
+
+#: torchtitan's selective checkpointing keeps the attention and every second matrix product of a layer, and runs the
+#: others and all that is pointwise again (arXiv:2410.06511, section 2.1.3). Its products are q, k, v, o, gate, up and
+#: down, of which k, o and up run again.
+_SECOND_PRODUCTS = ("mixer_norm", "k", "q_norm", "k_norm", "rope", "o", "mlp_norm", "up", "act")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +42,7 @@ class Recompute:
     every : int
         With ``full``: every n-th layer is recomputed, the others keep everything.
     operators : tuple of str
-        With ``list``: names of operators of the graph.
+        With ``list``: names of operators of the graph, or of single outputs of a product with several (``k``, ``up``).
     """
 
     kind: str = "none"
@@ -73,6 +85,13 @@ class Recompute:
 NONE = Recompute()
 
 
+def second_products(graphs: Iterable[Graph]) -> Recompute:
+    """What torchtitan's selective checkpointing runs again of a model with these layers."""
+    operators = [operator for graph in graphs for operator in graph.operators]
+    present = {o.name for o in operators} | {output.name for o in operators for output in o.outputs}
+    return Recompute(kind="list", operators=tuple(name for name in _SECOND_PRODUCTS if name in present))
+
+
 def recomputed_operators(graph: Graph, policy: Recompute, impl: Implementation) -> tuple[Operator, ...]:
     """The operators of a layer that run again.
 
@@ -87,12 +106,22 @@ def recomputed_operators(graph: Graph, policy: Recompute, impl: Implementation) 
             return ()
         return tuple(operator for operator in graph.operators if isinstance(operator, Attention))
     if policy.kind == "list":
-        names = {operator.name for operator in graph.operators}
+        parts = {part.name: part for operator in graph.operators for part in _parts(operator)}
         for name in policy.operators:
-            if name not in names:
-                raise unknown_name("operator to recompute", name, names)
-        return tuple(operator for operator in graph.operators if operator.name in policy.operators)
+            if name not in parts:
+                raise unknown_name("operator to recompute", name, parts)
+        # In the order of the graph, an operator before its own parts.
+        return tuple(part for name, part in parts.items() if name in policy.operators)
     return ()
+
+
+def _parts(operator: Operator) -> Iterator[Operator]:
+    """An operator, and of a product with several weights side by side every one as if it stood alone."""
+    yield operator
+    if isinstance(operator, Projection | GroupedProjection) and len(operator.outputs) > 1:
+        for output in operator.outputs:
+            weights = tuple(weight for weight in operator.weights if weight.name.startswith(f"{output.name}."))
+            yield replace(operator, name=output.name, outputs=(output,), weights=weights)
 
 
 def kept_tensors(graph: Graph, impl: Implementation, policy: Recompute = NONE) -> dict[str, tuple[Tensor, str]]:

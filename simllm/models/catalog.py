@@ -13,7 +13,7 @@ from simllm.errors import unknown_name
 from simllm.models.config import read_config, spec_from_config
 from simllm.models.spec import ModelSpec
 
-__all__ = ["CatalogEntry", "catalog_entries", "catalog_names", "load_model"]
+__all__ = ["CatalogEntry", "catalog_entries", "catalog_names", "load_config", "load_model"]
 
 _HERE = Path(__file__).parent
 _CONFIGS = _HERE / "configs"
@@ -129,6 +129,17 @@ def load_model(name_or_path: str | os.PathLike[str], *, mtp: bool = False, vocab
         return spec_from_config(read_config(given), _path_name(path), mtp=mtp, vocab_multiple=vocab_multiple)
     hint = "(the names are printed by `simllm models list`; a config.json, or a folder that holds one, is accepted too)"
     raise unknown_name("model", given, catalog_names(), hint)
+
+
+def load_config(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The Hugging Face config behind a name or path that `load_model` accepts.
+
+    >>> load_config("llama-3-8b")["rope_theta"]
+    500000.0
+    """
+    given = os.fspath(name_or_path)
+    name = _name(given)
+    return read_config(given if name is None else _index()[name].config)
 
 
 def _name(given: str) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,14 @@ __all__ = ["Model"]
 class Model:
     """A model: its spec, its graph, and what can be counted without a cluster.
 
+    Attributes
+    ----------
+    spec : ModelSpec
+    config : mapping or None
+        The Hugging Face config that the spec was read from; None where there was none.
+    method : Method or None
+        How it is fine-tuned; None: all of it is trained.
+
     Examples
     --------
     >>> model = Model.load("llama-3-70b")
@@ -42,7 +50,7 @@ class Model:
     """
 
     spec: ModelSpec
-    #: How it is fine-tuned; None: all of it is trained.
+    config: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
     method: Method | None = None
 
     @classmethod
@@ -63,9 +71,10 @@ class Model:
         InputError
             The name is unknown, or the config cannot be used.
         """
-        from simllm.models.catalog import load_model
+        from simllm.models.catalog import load_config, load_model
 
-        return cls(load_model(name_or_path, mtp=mtp, vocab_multiple=vocab_multiple))
+        spec = load_model(name_or_path, mtp=mtp, vocab_multiple=vocab_multiple)
+        return cls(spec, load_config(name_or_path))
 
     @classmethod
     def from_config(
@@ -74,7 +83,7 @@ class Model:
         """A model from the contents of a Hugging Face ``config.json``; the options are those of `load`."""
         from simllm.models.config import spec_from_config
 
-        return cls(spec_from_config(config, name, mtp=mtp, vocab_multiple=vocab_multiple))
+        return cls(spec_from_config(config, name, mtp=mtp, vocab_multiple=vocab_multiple), config)
 
     @property
     def name(self) -> str:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
@@ -20,7 +21,7 @@ from simllm.hardware.figures import Figure
 from simllm.hardware.links import Link, list_links, load_link
 from simllm.hardware.profiles import figures_of
 from simllm.network.fabric import Fabric, fabric
-from simllm.network.measurements import Sweep, read_sweeps
+from simllm.network.measurements import Sweep
 from simllm.network.posting import posting_s
 from simllm.network.price import choices, fastest
 from simllm.units import to_si
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["FIT", "Calibration", "Sweep", "calibrate", "calibrate_all", "predict", "read_sweeps", "with_figures"]
+__all__ = ["FIT", "Calibration", "Sweep", "calibrate", "calibrate_all", "predict", "with_figures"]
 
 Part = TypeVar("Part", bound=msgspec.Struct)
 
@@ -42,6 +43,14 @@ _PULL = 0.1
 
 # Sizes at which a library may change protocol are powers of two; those that are tried, in bytes.
 _SLOTS = tuple(float(2**power) for power in range(10, 25))
+
+# Parts of a link class that the time of an operation depends on; all others are rings or trees.
+_RINGS = ("ring", "tree", "pair", "switch", "pat", "posting")
+_PARTS = {
+    "broadcast": ("broadcast", "ring", "posting"),
+    "all_to_all": ("all_to_all", "posting"),
+    "send_recv": ("p2p", "posting"),
+}
 
 _BY_CLASS = re.compile(r"as (\S+) by class")
 
@@ -97,7 +106,8 @@ def calibrate(
     from scipy.optimize import least_squares
 
     known = classes or {}
-    used = [(s, view) for s in sweeps if s.fitted and (view := _view(link, s, known)) is not None]
+    family = _family(link, known)
+    used = [(s, view) for s in sweeps if s.fitted for one in family if (view := _view(one, s, known)) is not None]
     if not used:
         raise InputError(f"no sweep runs over {link.name}; give measurements of a system with such links")
     figures = figures_of(link)
@@ -112,11 +122,16 @@ def calibrate(
     near = _near(link, known)
     centre = np.log([max(near.get(path, figures[path].value), 1e-3) for path in smooth])
 
+    priced: list[Any] = [None] * len(used)
+
     def errors(trial: Link) -> NDArray[np.float64]:
-        parts = [
-            _times(sweep, _replaced(view, trial), sizes) for (sweep, view), sizes in zip(used, arrays, strict=True)
-        ]
-        return np.asarray(np.log(np.concatenate(parts)) - measured)
+        tried = {one.name: _like(one, trial) for one in family}
+        for i, (sweep, view) in enumerate(used):
+            # A sweep is priced again only if a part of the class changed that its operation uses.
+            here = tuple(getattr(trial, part) for part in _PARTS.get(sweep.operation, _RINGS))
+            if priced[i] is None or priced[i][0] != here:
+                priced[i] = here, _times(sweep, _with_classes(view, tried), arrays[i])
+        return np.asarray(np.log(np.concatenate([times for _, times in priced])) - measured)
 
     def residuals(logs: NDArray[np.float64], base: Link) -> NDArray[np.float64]:
         found = errors(_with_values(base, dict(zip(smooth, np.exp(logs), strict=True))))
@@ -159,6 +174,8 @@ def calibrate(
 def calibrate_all(sweeps: Iterable[Sweep], names: Iterable[str] | None = None) -> dict[str, Link]:
     """Fit every link class, each after the class it is like and scale-up classes first.
 
+    A class that pools others is fitted to the sweeps of all of them.
+
     A class that no sweep runs over takes the figures that would have been fitted from the class it is like; figures
     whose source says ``as X by class`` follow class X.
 
@@ -179,10 +196,11 @@ def calibrate_all(sweeps: Iterable[Sweep], names: Iterable[str] | None = None) -
         if fitted and name in again:
             near_values = _near(link, classes)
             link = _with_values(link, {path: near_values[path] for path in fitted if path in near_values})
-            if any(sweep.fitted and _view(link, sweep, classes) for sweep in measured):
+            if any(sweep.fitted and _view(one, sweep, classes) for sweep in measured for one in _family(link, classes)):
                 link = calibrate(link, measured, classes=classes).link
         classes[name] = _followed(link, classes)
-    return classes
+    # What follows a class that was fitted later follows it now.
+    return {name: _followed(link, classes) for name, link in classes.items()}
 
 
 def predict(sweep: Sweep, classes: Mapping[str, Link] | None = None) -> NDArray[np.float64]:
@@ -217,12 +235,49 @@ def _in_unit(figure: Figure, near: Figure) -> float:
     return near.si / to_si(1, figure.unit)
 
 
+def _family(link: Link, classes: Mapping[str, Link]) -> list[Link]:
+    """The classes to whose measurements a class is fitted: itself, or those that are like it."""
+    if not link.pools:
+        return [link]
+    known = {name: classes.get(name) or load_link(name) for name in list_links()}
+    family, found = {link.name}, list[Link]()
+    for name in sorted(known, key=lambda name: _depth(known, name)):
+        if known[name].like in family:
+            family.add(name)
+            found.append(known[name])
+    return [one for one in found if not one.pools]
+
+
+def _like(link: Link, trial: Link) -> Link:
+    """The class with the figures of another one, where both have them."""
+    if link.name == trial.name:
+        return trial
+    parts = {}
+    for name in link.__struct_fields__:
+        own, other = getattr(link, name), getattr(trial, name)
+        if isinstance(own, msgspec.Struct) and type(own) is type(other):
+            parts[name] = _part_like(own, other)
+    return msgspec.structs.replace(link, **parts)
+
+
+@lru_cache(maxsize=4096)
+def _part_like(own: Part, other: Part) -> Part:
+    """A part of a class with the figures of another one, in its own units, where both have them."""
+    figures, near = figures_of(own), figures_of(other)
+    for path, figure in figures.items():
+        if path in near:
+            changed = msgspec.structs.replace(figure, value=_in_unit(figure, near[path]))
+            own = _with_figure(own, path.split("."), changed)
+    return own
+
+
 def _near(link: Link, classes: Mapping[str, Link]) -> dict[str, float]:
-    """Figures of the class that this one is like, in its own units, by key path."""
+    """Figures of the class that this one is like, in its own units, by key path; of its rings for unknown pairs."""
     if link.like is None:
         return {}
     figures, near = figures_of(link), figures_of(classes.get(link.like) or load_link(link.like))
-    return {path: _in_unit(figure, near[path]) for path, figure in figures.items() if path in near}
+    there = {path: path if path in near else path.replace("pair.", "ring.") for path in figures}
+    return {path: _in_unit(figure, near[there[path]]) for path, figure in figures.items() if there[path] in near}
 
 
 def _followed(link: Link, classes: Mapping[str, Link]) -> Link:
@@ -232,8 +287,9 @@ def _followed(link: Link, classes: Mapping[str, Link]) -> Link:
         return link
     for path, figure in figures_of(link).items():
         if (match := _BY_CLASS.match(figure.source)) and match[1] in classes:
-            near = figures_of(link if match[1] == link.name else classes[match[1]])
-            there = path if path in near else path.replace("broadcast.", "ring.").replace("pair.", "ring.")
+            own = match[1] == link.name
+            near = figures_of(link if own else classes[match[1]])
+            there = path if path in near and not own else f"ring.{path.partition('.')[2]}"
             if there in near:
                 values[path] = _in_unit(figure, near[there])
     return _with_values(link, values)
@@ -249,10 +305,6 @@ def _view(link: Link, sweep: Sweep, classes: Mapping[str, Link]) -> Fabric | Non
 def _with_classes(view: Fabric, classes: Mapping[str, Link]) -> Fabric:
     out = None if view.out is None else classes.get(view.out.name, view.out)
     return replace(view, up=classes.get(view.up.name, view.up), out=out)
-
-
-def _replaced(view: Fabric, link: Link) -> Fabric:
-    return replace(view, up=link) if link.scope == "scale-up" else replace(view, out=link)
 
 
 def with_figures(profile: Link, figures: Mapping[str, Figure]) -> Link:

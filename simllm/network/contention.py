@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +88,8 @@ def concurrent_times(cluster: Cluster, calls: Sequence[Call]) -> list[float]:
     graph = build_topology(cluster)
     latencies, demands, left = [], [], []
     for call in calls:
-        group = Group.of(call.ranks)
+        # What runs beside it is on the graph, so its own price is that of a group alone.
+        group = replace(Group.of(call.ranks), concurrent=1)
         if max(call.ranks) >= cluster.num_gpus:
             raise InputError(f"rank {max(call.ranks)} is beyond the {cluster.num_gpus} GPUs of {cluster.name}")
         cost = price(call.operation, call.size_bytes, cluster, group)

@@ -3,7 +3,8 @@
 The general rule is that of a cut: a collective takes at least the bytes that must cross a set of links divided by what
 those links carry together, and the worst cut decides. The cuts of a cluster are the boundary of the scale-up domain and
 every subtree of the scale-out network whose uplinks are tapered. All GPUs of a node are taken to be busy with sister
-groups of the same shape, so a member owns an equal share of its node's NICs and of a subtree's uplinks.
+groups of the same shape, so a member owns an equal share of its node's NICs and of a subtree's uplinks, unless the
+group says how many run at once: their members share what there is, and each has at most its own NICs.
 """
 
 from __future__ import annotations
@@ -186,6 +187,9 @@ def _outside(cluster: Cluster, group: Group, domain: Spread, up: Link) -> tuple[
             f"of cluster {cluster.name}, which has no scale-out network; use a group inside one domain"
         )
     out = load_link(cluster.scaleout_link)
+    # The share of a member grows as fewer GPUs of its domain talk, up to the NICs that are its own.
+    spare = cluster.gpus_per_domain / _busy(cluster, group, domain)
+    uplink, nic = nic * spare, min(nic * spare, _own_nics(cluster, nic))
     active = 1.0 if up.rails is None else min(1.0, up.rails.si / domain.least)
     cuts = [Cut(name=out.name, blocks=domain.blocks, least=domain.least, members=active * domain.least, bandwidth=nic)]
     for gpus_below, ratio in cluster.taper:
@@ -197,7 +201,29 @@ def _outside(cluster: Cluster, group: Group, domain: Spread, up: Link) -> tuple[
                     blocks=pods.blocks,
                     least=pods.least,
                     members=active * pods.least,
-                    bandwidth=nic / ratio,
+                    bandwidth=uplink / ratio,
                 )
             )
     return out, tuple(cuts)
+
+
+def _busy(cluster: Cluster, group: Group, domain: Spread) -> int:
+    """GPUs of a domain that talk at once: all of them, or the members of as many groups as are said to run."""
+    if group.concurrent is None:
+        return cluster.gpus_per_domain
+    busy = group.concurrent * domain.most
+    if busy > cluster.gpus_per_domain:
+        raise InputError(
+            f"{group.concurrent} concurrent groups with {domain.most} members in each domain need {busy} GPUs, but a "
+            f"domain of {cluster.name} has {cluster.gpus_per_domain}; give at most "
+            f"{cluster.gpus_per_domain // domain.most}"
+        )
+    return busy
+
+
+def _own_nics(cluster: Cluster, share: float) -> float:
+    """The most that one GPU sends out of its node: the NICs at its side, bytes/s."""
+    total = cluster.scaleout_bandwidth_per_node
+    if cluster.nics_per_node is None or total is None:
+        return share
+    return max(share, total / cluster.nics_per_node)

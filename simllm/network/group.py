@@ -48,6 +48,9 @@ class Group:
     stride : int
         Distance between neighbouring ranks: 1 for the innermost axis of the plan (tensor parallelism), the product
         of the inner degrees for an outer axis (data or pipeline parallelism).
+    concurrent : int or None
+        Groups of this shape that run at once in each domain and share its NICs; None for as many as its GPUs make up,
+        as the groups of a plan do. A GPU alone still has no more than its own NICs.
     ranks_per_process : int
         Ranks that one process drives, one after the other; 1 for a process or thread each, as training runs do.
 
@@ -59,6 +62,7 @@ class Group:
 
     size: int
     stride: int = 1
+    concurrent: int | None = field(default=None, repr=False)
     ranks_per_process: int = field(default=1, repr=False)
 
     def __post_init__(self) -> None:
@@ -66,6 +70,8 @@ class Group:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"group {name}={value} must be a whole number of at least 1")
+        if self.concurrent is not None and (not isinstance(self.concurrent, int) or self.concurrent < 1):
+            raise InputError(f"group concurrent={self.concurrent} must be a whole number of at least 1")
 
     @classmethod
     def of(cls, ranks: Sequence[int]) -> Group:

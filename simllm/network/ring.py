@@ -9,12 +9,22 @@ with g members sends the ring's bytes through g NICs at once (NCCL, src/graph/co
     steps = f (n - 1), of which f (N - 1) wait for another domain
 
 A GPU also copies part of a slot between the user's buffer and the ring's, which shows where few ranks make slots large.
-A broadcast is one pipelined pass of all S bytes around the ring, n - 1 hops deep. Calls that follow each other, as in
-nccl-tests, overlap: the root hands a short message to the ring in ``S / injection`` and starts the next call, so the
-time of a small broadcast does not grow with n until its bytes take longer than the hops.
+A broadcast is one pipelined pass of all S bytes around the ring. Calls that follow each other, as in nccl-tests,
+overlap, so the hops inside a domain count once, whatever their number (NCCL's own model has one hwLat for them; 4 and
+8 A100 take the same 65 us for 4 MiB), while each of the N - 1 crossings shows. The root hands a short message to the
+ring in ``S / injection`` and starts the next call, so the time of a small broadcast does not grow with N either until
+its bytes take longer than the hops.
+
+Large messages go in chunks of a fixed size (NCCL: an eighth of its 4 MiB buffer on each channel, src/enqueue.cc). Where
+a chunk is staged it arrives whole before it leaves for the next domain, so that a buffer up to the chunk c of all
+channels is stored and forwarded at each of the N - 1 crossings and a larger one waits for its first chunk only:
+
+    crossings = (N - 1) (step + min(S, c) / B)
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from simllm.hardware.links import Curve
 from simllm.network.fabric import Fabric
@@ -61,15 +71,32 @@ def broadcast(fabric: Fabric) -> tuple[Terms, ...]:
     found = candidates(
         "ring",
         launches=launches,
-        hops=_hops(up, out, n - blocks, blocks - 1),
+        hops=_hops(up, out, min(n - blocks, 1), blocks - 1),
         loads=_loads(fabric, up, out, 1.0 if n > blocks else 0.0, 1.0),
         slots=n,
         scaleup_bytes=(n - blocks) / n,
         scaleout_bytes=(blocks - 1) / n,
     )
+    if out is not None and out.chunk_bytes:
+        found = tuple(option for terms in found for option in _stored(terms, fabric, out))
     if up.injection is None:
         return found
     return tuple(option for terms in found for option in (eager(terms, up.injection.si, launches), terms))
+
+
+def _stored(terms: Terms, fabric: Fabric, out: Curve) -> tuple[Terms, ...]:
+    """A broadcast whose chunks arrive whole before they cross to the next domain: one chunk, and many.
+
+    Both cost the same for a buffer of one chunk, and the cheaper of the two is right on either side of it.
+    """
+    if terms.protocol != "Simple":
+        return (terms,)
+    domain = fabric.cuts[0]
+    crossing_s = (domain.blocks - 1) / (domain.members * domain.bandwidth * out.part("Simple"))
+    return (
+        replace(terms, s_per_byte=terms.s_per_byte + crossing_s),
+        replace(terms, latency_s=terms.latency_s + crossing_s * out.chunk_bytes),
+    )
 
 
 def _hops(up: Curve, out: Curve | None, inside: int, crossings: int) -> list[Hops]:

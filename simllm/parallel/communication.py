@@ -7,6 +7,9 @@ Rules (arXiv:1909.08053 section 3, arXiv:2205.05198 section 4.2):
 - a product whose output axis is sharded over tp enters the tensor-parallel region: with sequence parallelism its input
   is all-gathered (and, unless the software keeps it, again in the backward pass for the weight gradient), and the
   gradient of its input is reduced. Products that read the same tensor share these;
+- a whole tensor that every head uses (the rotated part of a latent key) enters the tensor-parallel region likewise;
+- a loss over a vocabulary that is split needs the maximum, the sum of exponentials and the label's logit of each token
+  from all ranks, in float32 (arXiv:1909.08053, section 3);
 - tokens sent to experts cross the expert-parallel ranks by all-to-all, twice forward and twice backward; expert-tensor
   ranks gather and scatter them;
 - keys and values go round the context-parallel ring, their gradients with them in the backward pass;
@@ -20,7 +23,7 @@ from functools import lru_cache
 from typing import Literal
 
 from simllm.models.graph import Graph, Implementation, Layout, Operator, Tensor
-from simllm.models.operators import Attention, Combine, Dispatch, Embedding, Projection
+from simllm.models.operators import Attention, Combine, Dispatch, Embedding, Loss, Projection, Rope
 
 __all__ = ["Collective", "block_collectives"]
 
@@ -79,8 +82,9 @@ class _Reader:
             return
         self.entered.add(tensor.name)
         size = self.full_bytes(tensor)
-        # The input is needed again for gradients of weights; its own gradient where something before it is trained.
-        again = any(weight.trained and len(weight.axes) > 1 for weight in operator.weights)
+        # A matrix needs its input again for its own gradient, unless it is frozen; the input's gradient is asked for
+        # where something before it is trained.
+        again = not operator.weights or any(weight.trained and len(weight.axes) > 1 for weight in operator.weights)
         through = tensor.name in self.graph.differentiated
         if self.layout.sequence_parallel:
             self.add("all_gather", "tp", "forward", size, operator)
@@ -114,6 +118,12 @@ class _Reader:
             elif x.name in self.partial:
                 # A product of partial sums leaves partial sums.
                 self.partial.update(out.name for out in operator.outputs)
+        elif isinstance(operator, Rope):
+            for x in operator.inputs:
+                if not x.tp_sharded:
+                    self.enter(x, operator)
+        elif isinstance(operator, Loss) and operator.inputs[0].tp_sharded:
+            self.add("all_reduce", "tp", "forward", 4 * self.layout.tokens(operator.inputs[0]), operator, 3)
         elif isinstance(operator, Embedding) and any(w.axes[0].name == "vocab" for w in operator.weights):
             self.partial.update(out.name for out in operator.outputs)
 

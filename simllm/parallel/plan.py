@@ -11,10 +11,11 @@ from simllm.models import Model
 from simllm.models.activations import Recompute
 from simllm.models.graph import Layout
 from simllm.models.spec import AttentionSpec, MambaSpec, MoESpec
+from simllm.parallel.offload import Offload
+from simllm.parallel.schedules import SCHEDULES, Schedule, check_schedule
 
 __all__ = [
     "PRECISIONS",
-    "SCHEDULES",
     "ZERO_STAGES",
     "Plan",
     "check_plan",
@@ -25,7 +26,6 @@ __all__ = [
 ]
 
 ZERO_STAGES = ("0", "1", "2", "3", "hsdp")
-SCHEDULES = ("gpipe", "1f1b", "interleaved")
 PRECISIONS = ("bf16", "fp16", "fp32", "tf32", "fp8", "mxfp8", "nvfp4")
 
 Zero = Literal["0", "1", "2", "3", "hsdp"]
@@ -40,7 +40,7 @@ class Plan:
     tp, pp, cp, dp : int
         Tensor, pipeline, context (ring attention) and data parallelism; their product is the number of GPUs.
     vpp : int
-        Model chunks per pipeline rank (interleaved schedule, arXiv:2104.04473 section 2.2).
+        Model chunks per pipeline rank (arXiv:2104.04473 section 2.2); 2 in the schedules laid out as a V.
     ep, etp : int
         Expert parallelism, and tensor parallelism inside an expert. Expert groups are made of the ranks of the
         tp x cp x dp ranks of a pipeline stage.
@@ -58,7 +58,10 @@ class Plan:
     recompute : Recompute
     precision : str
         Of the matrix products.
-    schedule : {"gpipe", "1f1b", "interleaved"}
+    schedule : str
+        A name in `simllm.parallel.schedules.SCHEDULES`.
+    offload : Offload
+        What is kept in the host's memory or on its drives.
     uneven_layers : bool
         Layers that the pipeline does not divide are dealt out all the same, the last stages shorter (DeepSpeed).
     """
@@ -79,6 +82,7 @@ class Plan:
     precision: str = "bf16"
     schedule: str = "1f1b"
     uneven_layers: bool = False
+    offload: Offload = field(default_factory=Offload)
 
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp", "micro_batch_size", "global_batch_size"):
@@ -98,17 +102,11 @@ class Plan:
                 f"micro_batch_size={self.micro_batch_size} does not divide global_batch_size="
                 f"{self.global_batch_size} / dp={self.dp} = {per_rank:g}; {self._batch_advice()}"
             )
-        if self.vpp > 1 and self.pp == 1:
-            raise InputError(f"vpp={self.vpp} needs a pipeline, but pp=1; use vpp=1 or a larger pp")
-        if (self.vpp > 1) != (self.schedule == "interleaved"):
+        check_schedule(self.schedule, self.pp, self.num_micro_batches, self.vpp)
+        if self.offload.moves("parameters") and not self.shards_parameters:
             raise InputError(
-                f"schedule={self.schedule} with vpp={self.vpp}: the interleaved schedule needs vpp above 1, "
-                "and the others need vpp=1"
-            )
-        if self.schedule == "interleaved" and self.num_micro_batches % self.pp:
-            raise InputError(
-                f"the interleaved schedule needs a number of micro-batches that pp={self.pp} divides, "
-                f"but there are {self.num_micro_batches}; change micro_batch_size, dp or vpp"
+                f"offload=parameters with zero={self.zero}: only fully sharded layers are fetched when they are "
+                "needed; use zero=3 or hsdp"
             )
         if self.sequence_parallel and self.tp == 1:
             raise InputError("sequence_parallel needs tp above 1; it splits tokens over the tensor-parallel ranks")
@@ -145,6 +143,11 @@ class Plan:
         return self.global_batch_size // (self.dp * self.micro_batch_size)
 
     @property
+    def pipeline(self) -> Schedule:
+        """What is particular about the schedule."""
+        return SCHEDULES[self.schedule]
+
+    @property
     def shards_parameters(self) -> bool:
         """ZeRO stage 3, also inside HSDP groups."""
         return self.zero in ("3", "hsdp")
@@ -178,6 +181,8 @@ class Plan:
             parts.append("sp")
         if self.uneven_layers:
             parts.append("uneven")
+        if self.offload.anything:
+            parts.append(f"offload={self.offload}")
         return " ".join(parts)
 
 

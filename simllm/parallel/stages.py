@@ -8,6 +8,8 @@ from functools import lru_cache
 
 from simllm.models.graph import Graph, Layout, ModelGraph
 from simllm.parallel.plan import split_layers
+from simllm.parallel.schedules import stage_of
+from simllm.parallel.schedules.actions import Placement
 from simllm.parallel.states import block_moments
 
 __all__ = [
@@ -50,7 +52,9 @@ class Stage:
 
 
 @lru_cache(maxsize=4096)
-def pipeline_stages(graph: ModelGraph, pp: int, vpp: int, uneven: bool = False) -> tuple[Stage, ...]:
+def pipeline_stages(
+    graph: ModelGraph, pp: int, vpp: int, uneven: bool = False, placement: Placement = "loop"
+) -> tuple[Stage, ...]:
     """Deal the layers out to the pipeline ranks, chunk by chunk."""
     split = split_layers(len(graph.layers), pp * vpp, uneven)
     bounds = [sum(split[:i]) for i in range(len(split) + 1)]
@@ -58,14 +62,16 @@ def pipeline_stages(graph: ModelGraph, pp: int, vpp: int, uneven: bool = False) 
     for rank in range(pp):
         counts: dict[int, int] = {}
         graphs: dict[int, Graph] = {}
-        extras: list[Graph] = [graph.stem] if rank == 0 else []
-        for chunk in range(rank, pp * vpp, pp):
+        own = [stage_of(placement, pp, rank, chunk) for chunk in range(2 if placement == "both" else vpp)]
+        first, last = 0 in own, pp * vpp - 1 in own
+        extras: list[Graph] = [graph.stem] if first else []
+        for chunk in own:
             for index in range(bounds[chunk], bounds[chunk + 1]):
                 layer = graph.layers[index]
                 graphs[id(layer)] = layer
                 counts[id(layer)] = counts.get(id(layer), 0) + 1
                 extras += [bridge for at, bridge in graph.bridges if at == index]
-        if rank == pp - 1:
+        if last:
             for layer in graph.last_layers:
                 graphs[id(layer)] = layer
                 counts[id(layer)] = counts.get(id(layer), 0) + 1
@@ -75,8 +81,8 @@ def pipeline_stages(graph: ModelGraph, pp: int, vpp: int, uneven: bool = False) 
                 rank=rank,
                 layers=tuple((graphs[key], times) for key, times in counts.items()),
                 extras=tuple(extras),
-                first=rank == 0,
-                last=rank == pp - 1,
+                first=first,
+                last=last,
             )
         )
     return tuple(stages)

@@ -142,6 +142,8 @@ class StateBytes:
         Copy that layers compute with under full sharding, and what a gradient reduction sends.
     moment_element : int
         Bytes of one element of an optimizer moment.
+    buckets : float
+        Bytes of communication buffers beside the gradients.
     """
 
     parameter: float
@@ -150,6 +152,7 @@ class StateBytes:
     gathered: float
     gradient_on_wire: float
     moment_element: int
+    buckets: float = 0.0
 
     @property
     def update_traffic(self) -> float:
@@ -160,6 +163,20 @@ class StateBytes:
         itself is read and written.
         """
         return 5 * self.gradient + (2 * self.master + self.parameter if self.master else 2 * self.parameter)
+
+    @property
+    def host_update_traffic(self) -> float:
+        """Bytes that an update on the host moves per parameter, the moments apart.
+
+        The gradient that came over the link is read once, the float32 parameter read and written, the copy for the
+        device written.
+        """
+        return self.gradient_on_wire + (2 * self.float32_master + self.parameter if self.master else 2 * self.parameter)
+
+    @property
+    def float32_master(self) -> float:
+        """The master without a gradient shard that some software keeps beside it."""
+        return min(self.master, 4.0)
 
 
 @lru_cache(maxsize=256)
@@ -184,10 +201,13 @@ def state_bytes(
     if master_weights is False:
         gradient = float(gradient_bytes or 2)
         return StateBytes(2.0, gradient, 0.0, 2.0, min(gradient, states.gradient_on_wire.si), 2)
-    gradient, wire = states.gradient.si, states.gradient_on_wire.si
+    other = states.gradient_bf16 if precision != "fp16" else None
+    buffer = other or states.gradient
+    buckets = states.gradient_buckets.si if states.gradient_buckets and not other else 0.0
+    gradient, wire = buffer.si, states.gradient_on_wire.si
     if gradient_bytes is not None:
         gradient, wire = float(gradient_bytes), min(float(gradient_bytes), wire)
-    return StateBytes(states.parameter.si, gradient, states.master.si, states.gathered_parameter.si, wire, 4)
+    return StateBytes(states.parameter.si, gradient, states.master.si, states.gathered_parameter.si, wire, 4, buckets)
 
 
 def state_terms(stack: Stack, states: StateBytes, optimizer: Optimizer, moments: float) -> tuple[StateTerm, ...]:
@@ -202,13 +222,14 @@ def state_terms(stack: Stack, states: StateBytes, optimizer: Optimizer, moments:
         Bytes of moments per parameter, a mean over the weights.
     """
     own = stack.states
+    gradient = next((g for g in (own.gradient, own.gradient_bf16) if g and g.si == states.gradient), own.gradient)
 
     def why(source: str, kept: float, usual: float) -> str:
         return source if kept == usual else "set for this run"
 
     terms = [
         StateTerm("parameter", states.parameter, why(own.parameter.source, states.parameter, own.parameter.si)),
-        StateTerm("gradient", states.gradient, why(own.gradient.source, states.gradient, own.gradient.si)),
+        StateTerm("gradient", states.gradient, why(gradient.source, states.gradient, gradient.si)),
     ]
     if states.master:
         terms.append(StateTerm("master", states.master, why(own.master.source, states.master, own.master.si)))

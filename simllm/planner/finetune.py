@@ -15,6 +15,7 @@ from simllm.models import Model
 from simllm.models.activations import Recompute
 from simllm.parallel.plan import Plan
 from simllm.planner.search import PlanSearch, plan
+from simllm.planner.space import schedule_runs
 from simllm.training import Estimate, Training
 from simllm.training.step import Step
 
@@ -148,8 +149,10 @@ def largest_batch(model: Model, cluster: Cluster, best: Plan, training: Training
     """The largest micro-batch that fits with the degrees and the recomputation of a plan."""
     usable = cluster.accelerator.memory_bytes * (1 - training.memory_headroom)
 
+    fewest = next(m for m in (1, best.pp) if schedule_runs(best.schedule, best.pp, best.vpp, m))
+
     def fits(size: int) -> bool:
-        batch = size * best.dp * (best.pp if best.schedule == "interleaved" else 1)
+        batch = size * best.dp * fewest
         bigger = replace(best, micro_batch_size=size, global_batch_size=batch)
         return Step(model, cluster, bigger, training).first_overflow(usable) is None
 

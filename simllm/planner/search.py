@@ -1,10 +1,9 @@
-"""The search: price every plan of the space that fits, keep the best, and say why the others lose."""
+"""The search: every plan of the space is priced, the best ones that fit are kept, and the others told why they lose."""
 
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -12,34 +11,21 @@ from typing import Any, Literal
 from simllm.errors import InputError, unknown_name
 from simllm.hardware import Cluster
 from simllm.models import Model
-from simllm.parallel.plan import PRECISIONS, Plan
+from simllm.parallel.plan import Plan
+from simllm.planner.candidate import Candidate
+from simllm.planner.compare import Comparison
+from simllm.planner.constraints import Constraints
 from simllm.planner.reasons import explain_difference, limits
-from simllm.planner.space import Branch, Space, divisors
+from simllm.planner.sizes import at_most
 from simllm.training import Estimate, Training, estimate
-from simllm.training.step import Step
 
-__all__ = ["OBJECTIVES", "Candidate", "PlanSearch", "plan"]
+__all__ = ["OBJECTIVES", "PlanSearch", "plan"]
 
 Objective = Literal["time", "cost", "gpus"]
 OBJECTIVES = ("time", "cost", "gpus")
 
-_TOO_LARGE = "out of memory: the model and optimizer states alone"
-_NO_ROOM = "out of memory: activations, even when everything is recomputed"
-_RECOMPUTES = "recomputes although it fits without"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Candidate:
-    """A plan that fits, with what it is ranked by."""
-
-    cluster: Cluster
-    plan: Plan
-    step_time_s: float
-
-    @property
-    def gpu_seconds(self) -> float:
-        """GPU time of a step."""
-        return self.step_time_s * self.plan.num_gpus
+#: Plans re-evaluated one by one for every plan that is shown.
+_RECHECKED = 2
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,22 +37,33 @@ class PlanSearch:
     plans : tuple of Estimate
         The best plans, best first.
     searched, feasible : int
-        Combinations looked at, and those that fit.
+        Combinations looked at, and those that fit and keep all limits.
     rejected : dict of str to int
-        Reason -> combinations; with ``feasible`` it adds up to ``searched``. A combination of degrees that is
-        impossible counts once, whatever else could have varied.
+        Reason -> combinations; with ``feasible`` it adds up to ``searched``.
+    fixes : dict of str to dict
+        For plans that do not fit: reason -> nearest change that makes them fit -> plans.
+    front : tuple of Candidate
+        Plans that no other one beats in time, GPUs, cost and free memory at once.
+    comparisons : tuple of Comparison
+        The plans that were to be compared.
+    changes : tuple of (str, Estimate)
+        When nothing is feasible: changes of the question that make it so, with the best plan then.
     seconds : float
         Time the search took.
     priced : int
-        Plans whose memory or time was computed.
+        Plans whose memory and time were computed.
     nearest : Estimate or None
-        When nothing fits: the plan that needs least memory.
+        When nothing is feasible: the plan that needs least memory, or the fastest one where some fit.
     """
 
     plans: tuple[Estimate, ...]
     searched: int
     feasible: int
     rejected: dict[str, int]
+    fixes: dict[str, dict[str, int]]
+    front: tuple[Candidate, ...]
+    comparisons: tuple[Comparison, ...]
+    changes: tuple[tuple[str, Estimate], ...]
     seconds: float
     priced: int
     nearest: Estimate | None
@@ -97,8 +94,13 @@ class PlanSearch:
             "searched": self.searched,
             "feasible": self.feasible,
             "rejected": dict(self.rejected),
+            "fixes": {reason: dict(changes) for reason, changes in self.fixes.items()},
+            "pareto": [candidate.to_dict() for candidate in self.front],
+            "comparisons": [comparison.to_dict() for comparison in self.comparisons],
+            "evaluations": self.priced,
             "evaluations_per_s": self.evaluations_per_s,
             "nearest": self.nearest.to_dict() if self.nearest else None,
+            "changes": [{"change": text, "estimate": answer.to_dict()} for text, answer in self.changes],
         }
 
 
@@ -108,9 +110,15 @@ def plan(
     training: Training,
     *,
     global_batch_size: int,
-    precision: str = "bf16",
+    precision: str | None = None,
     objective: str = "time",
     top: int = 5,
+    constraints: Constraints | None = None,
+    sizes: Sequence[Cluster] | None = None,
+    tokens: int | None = None,
+    usd_per_gpu_hour: float | None = None,
+    compare: Sequence[Plan] = (),
+    simulate: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> PlanSearch:
     """The best plans for a model on a cluster.
@@ -123,13 +131,26 @@ def plan(
     training : Training
     global_batch_size : int
         Sequences per optimizer step.
-    precision : str
-        Of the matrix products.
+    precision : str, optional
+        Of the matrix products; short for the constraint.
     objective : {"time", "cost", "gpus"}
         ``time``: the shortest step. ``cost``: the least GPU time per step. ``gpus``: the fewest GPUs that fit, then
         time.
     top : int
         How many plans to return.
+    constraints : Constraints, optional
+        Fixed degrees, allowed schedules, limits on days and USD.
+    sizes : sequence of Cluster, optional
+        The numbers of GPUs to choose from (`simllm.planner.sizes`), instead of those that the objective asks for.
+    tokens : int, optional
+        Tokens of the run; limits on days and USD need them.
+    usd_per_gpu_hour : float, optional
+        Price of one device; that of its profile when omitted.
+    compare : sequence of Plan
+        Plans to be ranked among the others; they use the cluster's GPUs.
+    simulate : bool
+        Run the pipelines of the best plans and of those compared event by event before they are returned; the search
+        itself uses the closed forms of the schedules.
     progress : callable, optional
         Called now and then with the number of plans priced so far.
 
@@ -140,114 +161,59 @@ def plan(
     Raises
     ------
     InputError
-        An unknown objective or precision, or a batch that no plan can use.
+        An unknown objective or precision, constraints that contradict each other, limits without what they need.
     """
     if objective not in OBJECTIVES:
         raise unknown_name("objective", objective, OBJECTIVES)
-    if precision not in PRECISIONS:
-        raise unknown_name("precision", precision, PRECISIONS)
     for name, value in (("global_batch_size", global_batch_size), ("top", top)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError(f"{name}={value} must be a whole number above zero")
+    wanted = constraints or Constraints()
+    if precision is not None:
+        wanted = replace(wanted, precision=(precision,))
     started = time.perf_counter()
-    search = _Search(model, training, global_batch_size, precision, progress)
-    for size in _cluster_sizes(cluster, objective):
-        search.run(size)
-        if objective == "gpus" and search.found:
+    clusters = list(sizes) if sizes is not None else [cluster] if objective == "time" else at_most(cluster)
+    from simllm.planner.gather import Gathering, Question  # numpy, which an estimate does not need
+
+    question = Question(
+        model=model,
+        training=training,
+        global_batch_size=global_batch_size,
+        constraints=wanted,
+        tokens=tokens,
+        usd_per_gpu_hour=usd_per_gpu_hour,
+    )
+    answers = [estimate(model, cluster, given, training) for given in compare]
+    found = Gathering(question, objective, top * _RECHECKED, answers, progress)
+    for size in clusters:
+        found.add(size, clusters)
+        if objective == "gpus" and found.feasible:
             break
-    order: dict[str, Callable[[Candidate], tuple[float, ...]]] = {
-        "time": lambda c: (c.step_time_s,),
-        "cost": lambda c: (c.gpu_seconds, c.step_time_s),
-        "gpus": lambda c: (c.plan.num_gpus, c.step_time_s),
-    }
-    best = sorted(search.found, key=order[objective])[:top]
-    nearest = search.nearest
+    if not found.priced:
+        found.refuse()
+    checked = [estimate(model, c.cluster, c.plan, training, simulate=simulate) for c in found.best]
+    best = tuple(sorted(checked, key=_order(objective))[:top])
+    exact = [estimate(model, cluster, given, training, simulate=simulate) for given in compare]
+    nearest = found.nearest
     return PlanSearch(
-        plans=tuple(estimate(model, c.cluster, c.plan, training) for c in best),
-        searched=len(search.found) + sum(search.rejected.values()),
-        feasible=len(search.found),
-        rejected=dict(search.rejected.most_common()),
+        plans=best,
+        searched=found.feasible + sum(found.rejected.values()),
+        feasible=found.feasible,
+        rejected=dict(found.rejected.most_common()),
+        fixes=found.fixes,
+        front=tuple(found.front),
+        comparisons=found.comparisons(best[0] if best else None, exact),
+        changes=() if best else found.changes(cluster, clusters),
         seconds=time.perf_counter() - started,
-        priced=search.priced,
-        nearest=estimate(model, nearest[1], nearest[2], training) if nearest and not best else None,
+        priced=found.priced,
+        nearest=estimate(model, nearest.cluster, nearest.plan, training) if nearest and not best else None,
     )
 
 
-def _cluster_sizes(cluster: Cluster, objective: str) -> list[Cluster]:
-    """The clusters to try: for the cheapest or smallest answer also fewer nodes, smallest first."""
-    if objective == "time":
-        return [cluster]
-    if cluster.num_gpus <= cluster.gpus_per_node:
-        sizes = divisors(cluster.num_gpus)
-    else:
-        sizes = divisors(cluster.gpus_per_node) + [n * cluster.gpus_per_node for n in divisors(cluster.num_nodes)[1:]]
-    found = []
-    for size in sizes:
-        try:
-            found.append(cluster.resized(size))
-        except InputError:  # a torus has no slice of that many chips
-            continue
-    return found
-
-
-class _Search:
-    """State of one search."""
-
-    def __init__(
-        self,
-        model: Model,
-        training: Training,
-        global_batch_size: int,
-        precision: str,
-        progress: Callable[[int], None] | None,
-    ) -> None:
-        self.model, self.training = model, training
-        self.global_batch_size, self.precision = global_batch_size, precision
-        self.progress = progress
-        self.found: list[Candidate] = []
-        self.rejected: Counter[str] = Counter()
-        self.priced = 0
-        self.nearest: tuple[float, Cluster, Plan] | None = None
-
-    def run(self, cluster: Cluster) -> None:
-        """Search one cluster size."""
-        space = Space(self.model, cluster, self.training, self.global_batch_size, self.precision)
-        usable = cluster.accelerator.memory_bytes * (1 - self.training.memory_headroom)
-        for number, branch in enumerate(space.branches()):
-            self._branch(space, branch, usable)
-            if self.progress is not None and number % 64 == 0:
-                self.progress(self.priced)
-        self.rejected.update(space.rejected)
-
-    def _remember(self, cluster: Cluster, candidate: Plan) -> None:
-        """Keep the plan that comes nearest to fitting: what a person would start from."""
-        if self.found:
-            return
-        step = Step(self.model, cluster, candidate, self.training)
-        peak = max(stage.peak_bytes for stage in step.memory())
-        if self.nearest is None or peak < self.nearest[0]:
-            self.nearest = (peak, cluster, candidate)
-
-    def _branch(self, space: Space, branch: Branch, usable: float) -> None:
-        policies = None
-        for zero in space.sharding(branch):
-            first = space.plan(branch, zero, space.no_recompute)
-            step = Step(self.model, space.cluster, first, self.training)
-            if policies is None:
-                policies = space.recomputation(step.engine.impl.attention == "unfused")
-            for index, policy in enumerate(policies):
-                if index:
-                    step = Step(self.model, space.cluster, replace(first, recompute=policy), self.training)
-                overflow = step.first_overflow(usable)
-                self.priced += 1
-                if overflow is None:
-                    if index + 1 < len(policies):
-                        self.rejected[_RECOMPUTES] += len(policies) - index - 1
-                    self.found.append(Candidate(cluster=space.cluster, plan=step.plan, step_time_s=step.time().total_s))
-                    break
-                states = overflow.state_bytes > usable
-                if states or index == len(policies) - 1:
-                    self.rejected[_TOO_LARGE if states else _NO_ROOM] += len(policies) - index
-                    self._remember(space.cluster, replace(first, recompute=policies[-1]))
-                    break
-                self.rejected[f"out of memory with recompute={policy}"] += 1
+def _order(objective: str) -> Callable[[Estimate], tuple[float, ...]]:
+    orders: dict[str, Callable[[Estimate], tuple[float, ...]]] = {
+        "time": lambda a: (a.step_time_s, a.peak_memory_bytes),
+        "cost": lambda a: (a.step_time_s * a.plan.num_gpus, a.step_time_s, a.peak_memory_bytes),
+        "gpus": lambda a: (a.plan.num_gpus, a.step_time_s, a.peak_memory_bytes),
+    }
+    return orders[objective]

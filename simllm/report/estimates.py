@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import RenderableType
@@ -9,10 +10,13 @@ from rich.table import Table
 from rich.text import Text
 
 from simllm.parallel.memory import StageMemory
+from simllm.planner.binding import resources
 from simllm.planner.reasons import CAUSES, limits
+from simllm.planner.sensitivity import Change
 from simllm.report.text import facts, heading, notes, table
 from simllm.training import Estimate
 from simllm.training.budget import Budget
+from simllm.training.offload import HostMemory
 from simllm.units import format_bytes, format_count, format_duration
 
 __all__ = [
@@ -21,6 +25,7 @@ __all__ = [
     "budget_line",
     "estimate_dict",
     "estimate_report",
+    "host_line",
     "kinds_table",
     "memory_line",
     "plan_line",
@@ -36,6 +41,7 @@ MEMORY = {
     "activations": "activations kept",
     "working": "at work at the peak",
     "gathered": "gathered parameters",
+    "buffers": "communication buffers",
     "context": "context and libraries",
 }
 _GROUPS = {
@@ -51,9 +57,15 @@ _GROUPS = {
 }
 
 
-def estimate_dict(answer: Estimate, run: Budget | None = None) -> dict[str, Any]:
-    """An estimate as plain data, with the run of so many tokens where one was asked for."""
-    return answer.to_dict() | ({"training_run": run.to_dict()} if run else {})
+def estimate_dict(answer: Estimate, run: Budget | None = None, changes: Sequence[Change] = ()) -> dict[str, Any]:
+    """An estimate as plain data, with the run of so many tokens and what would help where they were asked for."""
+    document = answer.to_dict()
+    document["time"]["by_resource"] = resources(answer)
+    if run is not None:
+        document["training_run"] = run.to_dict()
+    if changes:
+        document["sensitivity"] = [change.to_dict() for change in changes]
+    return document
 
 
 def question(answer: Estimate) -> Text:
@@ -78,6 +90,8 @@ def estimate_report(answer: Estimate, run: Budget | None = None) -> list[Rendera
         f"MFU {answer.mfu:.1%} ({answer.training.flop_convention}), HFU {answer.hfu:.1%}",
         "memory": memory_line(answer),
     }
+    if answer.host_memory:
+        rows["host"] = host_line(answer.host_memory)
     if run:
         rows["run"] = budget_line(run)
     rows["limited by"] = limits(answer)
@@ -110,11 +124,19 @@ def memory_line(answer: Estimate) -> str:
     # In the interval that published peaks lie in, as step_line says of times.
     found = f"{format_bytes(peak)} ({format_bytes(low)} to {format_bytes(high)})"
     room = f"{format_bytes(whole - usable)} of head-room"
-    if answer.fits:
+    if peak <= usable:
         free = format_bytes(whole - peak)
         return f"{found} of {format_bytes(whole)} at the peak: fits, {free} free with {room}"
     much = format_bytes(peak - usable)
     return f"{found} of {format_bytes(whole)} with {room}: DOES NOT FIT, {much} too much"
+
+
+def host_line(host: HostMemory) -> str:
+    """What a node's host keeps, against what it has."""
+    parts = [f"{format_bytes(host.memory_bytes)} of {format_bytes(host.memory_capacity_bytes)} of a node's memory"]
+    if host.nvme_bytes:
+        parts.append(f"{format_bytes(host.nvme_bytes)} of {format_bytes(host.nvme_capacity_bytes)} of its drives")
+    return f"{', '.join(parts)}: {'fits' if host.fits else 'DOES NOT FIT'}"
 
 
 def budget_line(run: Budget) -> str:

@@ -9,6 +9,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from simllm.hardware import Accelerator, Figure
+from simllm.hardware.figures import DollarsPerHour
 from simllm.hardware.profiles import figures_of
 from simllm.hardware.system import SystemProfile
 from simllm.report.text import facts, heading, notes, paragraph, table
@@ -18,7 +19,8 @@ __all__ = ["catalog_dict", "catalog_report", "check_report", "profile_dict", "pr
 
 
 def _figure_dict(figure: Figure) -> dict[str, Any]:
-    return {key: getattr(figure, key) for key in ("value", "unit", "source", "basis", "note")}
+    dated = {"date": figure.date} if isinstance(figure, DollarsPerHour) else {}
+    return {key: getattr(figure, key) for key in ("value", "unit", "source", "basis", "note")} | dated
 
 
 def catalog_dict(

@@ -10,7 +10,11 @@ from rich.table import Table
 from rich.text import Text
 
 from simllm.planner import PlanSearch
+from simllm.planner.binding import resources
+from simllm.planner.reasons import difference
+from simllm.planner.sensitivity import Change
 from simllm.report.estimates import breakdown, budget_line, kinds_table, memory_line, plan_line, question, step_line
+from simllm.report.searches import changes, compared, fixes, front
 from simllm.report.text import facts, heading, notes, table
 from simllm.training.budget import Budget
 from simllm.units import format_bytes, format_duration
@@ -18,9 +22,15 @@ from simllm.units import format_bytes, format_duration
 __all__ = ["search_dict", "search_report"]
 
 
-def search_dict(search: PlanSearch, runs: Sequence[Budget] = ()) -> dict[str, Any]:
-    """A search as plain data; ``runs`` are those of its plans, where tokens were given."""
+def search_dict(search: PlanSearch, runs: Sequence[Budget] = (), changes: Sequence[Change] = ()) -> dict[str, Any]:
+    """A search as plain data; ``runs`` are those of its plans, ``changes`` what would help the first of them."""
     document = search.to_dict()
+    for entry, answer in zip(document["plans"], search.plans, strict=True):
+        entry["time"]["by_resource"] = resources(answer)
+        if answer is not search.plans[0]:
+            entry["against_first_s"] = difference(search.plans[0], answer)
+    if changes:
+        document["sensitivity"] = [change.to_dict() for change in changes]
     for entry, run in zip(document["plans"], runs, strict=False):
         entry["training_run"] = run.to_dict()
     return document
@@ -52,7 +62,10 @@ def search_report(search: PlanSearch, runs: Sequence[Budget] = ()) -> list[Rende
         Text(),
         breakdown(best),
         *notes("Why the others lose", search.why, first=2),
+        *compared(search),
+        *front(search),
         *_rejected(search),
+        *fixes(search),
         *notes("Assumptions", best.assumptions),
     ]
 
@@ -65,7 +78,14 @@ def _plans(search: PlanSearch) -> Table:
         if name in always or any(getattr(answer.plan, name) > 1 for answer in search.plans)
     ]
     gpus = ["GPUs"] if len({answer.plan.num_gpus for answer in search.plans}) > 1 else []
-    columns = ("", *gpus, *degrees, "zero", "mbs", "recompute", "step", "MFU", "memory", "free")
+    # What all plans have in common is said once, with the best of them.
+    varied = [
+        (heading, name)
+        for heading, name in (("precision", "precision"), ("schedule", "schedule"), ("sp", "sequence_parallel"))
+        if len({getattr(answer.plan, name) for answer in search.plans}) > 1
+    ]
+    others = [heading for heading, _ in varied]
+    columns = ("", *gpus, *degrees, "zero", "mbs", "recompute", *others, "step", "MFU", "memory", "free")
     rows = [
         (
             str(number),
@@ -74,6 +94,7 @@ def _plans(search: PlanSearch) -> Table:
             answer.plan.zero,
             str(answer.plan.micro_batch_size),
             str(answer.plan.recompute),
+            *(_word(getattr(answer.plan, name)) for _, name in varied),
             format_duration(answer.step_time_s),
             f"{answer.mfu:.1%}",
             format_bytes(answer.peak_memory_bytes),
@@ -81,7 +102,11 @@ def _plans(search: PlanSearch) -> Table:
         )
         for number, answer in enumerate(search.plans, start=1)
     ]
-    return table(columns, rows, left=("recompute",), bold=0)
+    return table(columns, rows, left=("recompute", *others), bold=0)
+
+
+def _word(value: object) -> str:
+    return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
 
 
 def _rejected(search: PlanSearch) -> list[RenderableType]:
@@ -95,7 +120,11 @@ def _rejected(search: PlanSearch) -> list[RenderableType]:
 def _nothing_fits(search: PlanSearch) -> list[RenderableType]:
     parts: list[RenderableType] = [heading("No plan fits.")]
     nearest = search.nearest
-    if nearest is not None:
+    if nearest is not None and nearest.fits:
+        parts = [heading("No plan that fits keeps the limits.")]
+        rows = {"nearest plan": plan_line(nearest), "step time": step_line(nearest), "memory": memory_line(nearest)}
+        parts = [question(nearest), Text(), *parts, facts(rows)]
+    elif nearest is not None:
         rows = {"nearest to fitting": plan_line(nearest), "memory": memory_line(nearest)}
         parts = [question(nearest), Text(), *parts, facts(rows), Text(), kinds_table(nearest)]
-    return [*parts, *_rejected(search)]
+    return [*parts, *changes(search), *compared(search), *_rejected(search), *fixes(search)]

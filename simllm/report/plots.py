@@ -40,7 +40,7 @@ def plot_estimate(answer: Estimate, picture: str) -> bytes:
 
 
 def _memory_bars(answer: Estimate, axes: Axes) -> None:
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import FixedLocator, MaxNLocator
 
     from simllm.report.estimates import MEMORY
 
@@ -52,7 +52,8 @@ def _memory_bars(answer: Estimate, axes: Axes) -> None:
             axes.bar(ranks, heights, bottom=floor, label=words)
             floor = [a + b for a, b in zip(floor, heights, strict=True)]
     axes.axhline(answer.usable_memory_bytes / 2**30, color="black", linestyle="--", label="usable")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True) if len(ranks) > 1 else FixedLocator(ranks))
+    axes.set_xlim(-0.7, len(ranks) - 0.3)
     axes.set_xlabel("pipeline rank")
     axes.set_ylabel("peak memory (GiB)")
     axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import RenderableType
@@ -13,11 +13,19 @@ from rich.text import Text
 
 from simllm.report.text import heading, paragraph, table
 from simllm.validation.collectives import CollectiveReport, CollectiveResult
+from simllm.validation.kernels import KernelResult
 from simllm.validation.run_constants import run_constants, shipped_values
 from simllm.validation.runs import RunResult, ValidationReport
 from simllm.validation.scoring import Score
 
-__all__ = ["collective_validation_report", "constants_dict", "constants_report", "validation_report"]
+__all__ = [
+    "collective_validation_report",
+    "constants_dict",
+    "constants_report",
+    "reason_table",
+    "unsupported",
+    "validation_report",
+]
 
 _COLLECTIVE_GROUPS = ("regime", "machine", "collective", "gpu", "system")
 _GROUPS = ("tier", "gpu", "framework", "stack")
@@ -50,7 +58,7 @@ def validation_report(report: ValidationReport) -> list[RenderableType]:
         *_cross_validation(report.cross_validation),
         *_ablations(report.ablations),
         *_worst(report),
-        *_unsupported(report.rows),
+        *unsupported(report.rows),
     ]
     return parts
 
@@ -162,7 +170,7 @@ def collective_validation_report(report: CollectiveReport) -> list[RenderableTyp
     for left_out, scores in report.cross_validation.items():
         if isinstance(scores, Mapping):
             parts += [Text(), _table(f"cross-validated by {left_out}", scores)]
-    return [*parts, *_unsupported(report.rows)]
+    return [*parts, *unsupported(report.rows)]
 
 
 def _scores(what: str, summary: Mapping[str, Any], groups: Sequence[str]) -> list[RenderableType]:
@@ -198,16 +206,17 @@ def _percent(value: float | None, sign: bool = False) -> str:
     return f"{value:+.1f}%" if sign else f"{value:.1f}%"
 
 
-def _unsupported(rows: Sequence[RunResult | CollectiveResult]) -> list[RenderableType]:
+def unsupported(rows: Sequence[RunResult | CollectiveResult | KernelResult]) -> list[RenderableType]:
+    """Why rows are unsupported."""
+    return reason_table("unsupported because", (row.reason for row in rows if row.status == "unsupported"))
+
+
+def reason_table(title: str, reasons: Iterable[str]) -> list[RenderableType]:
     """Reasons with how often they occur; numbers in them differ from row to row and are left out."""
-    reasons = Counter(re.sub(r"(?<!\w)\d[\d.,]*(?!\w)", "N", row.reason) for row in rows if row.status == "unsupported")
-    if not reasons:
+    counted = Counter(re.sub(r"(?<!\w)\d[\d.,]*(?!\w)", "N", reason) for reason in reasons)
+    if not counted:
         return []
-    shown = [(str(number), reason) for reason, number in reasons.most_common(_REASONS_SHOWN)]
-    rest = len(reasons) - len(shown)
+    shown = [(str(number), reason) for reason, number in counted.most_common(_REASONS_SHOWN)]
+    rest = len(counted) - len(shown)
     more = [paragraph(f"and {rest} more reasons; --json names each row's")] if rest > 0 else []
-    return [
-        Text(),
-        table(("rows", "unsupported because"), shown, left=("unsupported because",), wrap=("unsupported because",)),
-        *more,
-    ]
+    return [Text(), table(("rows", title), shown, left=(title,), wrap=(title,)), *more]

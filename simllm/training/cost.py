@@ -23,6 +23,8 @@ class Cost:
         What the host needs beyond the device to launch the kernels.
     recompute : float
         Everything that runs again in the backward pass.
+    offload : float
+        Transfers to the host and back, as far as they show.
     """
 
     matmul: float = 0.0
@@ -34,6 +36,7 @@ class Cost:
     data_parallel: float = 0.0
     host: float = 0.0
     recompute: float = 0.0
+    offload: float = 0.0
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
@@ -46,10 +49,10 @@ class Cost:
             self.data_parallel + other.data_parallel,
             self.host + other.host,
             self.recompute + other.recompute,
+            self.offload + other.offload,
         )
 
-    def scaled(self, factor: float) -> Cost:
-        """Every cause times a factor."""
+    def __mul__(self, factor: float) -> Cost:
         return Cost(
             self.matmul * factor,
             self.attention * factor,
@@ -60,6 +63,7 @@ class Cost:
             self.data_parallel * factor,
             self.host * factor,
             self.recompute * factor,
+            self.offload * factor,
         )
 
     @property
@@ -75,6 +79,7 @@ class Cost:
             + self.data_parallel
             + self.host
             + self.recompute
+            + self.offload
         )
 
     @property

@@ -7,8 +7,9 @@ over plans mostly finds the blocks it needs already priced.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import lru_cache, reduce
+from operator import add
 
 from simllm.hardware import Cluster
 from simllm.hardware.stack import Stack
@@ -20,6 +21,7 @@ from simllm.models.work import AttentionWork, Gemm, GroupedGemm, Work
 from simllm.network import Group, price
 from simllm.parallel.communication import Collective, block_collectives
 from simllm.training.cost import Cost
+from simllm.training.exposure import exposed
 
 __all__ = ["BlockCost", "BlockGroups", "Engine", "implementation_of"]
 
@@ -42,10 +44,14 @@ class BlockGroups:
 
 @dataclass(frozen=True, slots=True)
 class BlockCost:
-    """Seconds of one block for one micro-batch: forward, and backward with what is recomputed."""
+    """Seconds of one block for one micro-batch: forward, and backward with what is recomputed.
+
+    ``weight_s``: what of the backward makes gradients of weights, which nothing waits for.
+    """
 
     forward: Cost
     backward: Cost
+    weight_s: float
 
 
 def implementation_of(stack: Stack, kernels: Kernels, precision: str) -> Implementation:
@@ -67,7 +73,8 @@ def implementation_of(stack: Stack, kernels: Kernels, precision: str) -> Impleme
 def attention_kernel(stack: Stack, kernels: Kernels, precision: str) -> tuple[str, str | None]:
     """The attention kernel of a stack on a device, and what had to be assumed for it."""
     wanted = stack.kernels.attention
-    if precision in ("fp32", "tf32"):
+    best = kernels.default_attention
+    if precision in ("fp32", "tf32") and (wanted != "best" or precision not in kernels.attention_precisions(best)):
         return "unfused", f"attention in {precision} runs unfused: fused kernels are for 16 bits"
     if wanted == "best":
         return kernels.default_attention, None
@@ -76,6 +83,16 @@ def attention_kernel(stack: Stack, kernels: Kernels, precision: str) -> tuple[st
     return kernels.default_attention, (
         f"{wanted} was not measured on {kernels.accelerator.name}; {kernels.default_attention} stands in"
     )
+
+
+def _own_operators(graph: Graph) -> int:
+    """Operators of a layer without those that stand beside the model's own."""
+    return sum(operator.component not in _ADDED_COMPONENTS for operator in graph.operators)
+
+
+def stream_kind(operator: Operator, backward: bool = False) -> str:
+    """What a kernel profile calls the streaming kernels of an operator: ``norm forward``."""
+    return f"{type(operator).__name__.lower()} {'backward' if backward else 'forward'}"
 
 
 class Engine:
@@ -99,6 +116,9 @@ class Engine:
         self.attention_rate = stack.kernels.attention_rate.si
         self.impl = implementation_of(stack, self.kernels, precision)
         self.block = lru_cache(maxsize=1 << 16)(self._block)
+        self._operators = lru_cache(maxsize=1 << 14)(self._price_operators)
+        self._passes = lru_cache(maxsize=1 << 15)(self._price_passes)
+        self._again = lru_cache(maxsize=1 << 15)(self._price_again)
 
     @property
     def assumptions(self) -> tuple[str, ...]:
@@ -108,19 +128,27 @@ class Engine:
 
     # -- operators ---------------------------------------------------------------------------------------------
 
-    def _price_work(self, items: Iterable[Work], precision: str, permute: float, products: int) -> Cost:
+    def _price_work(
+        self,
+        items: Iterable[Work],
+        precision: str,
+        permute: float,
+        products: int,
+        kind: str,
+        quantise: str | None = None,
+    ) -> Cost:
         kernels = self.kernels
         matmul = attention = elementwise = 0.0
         for item in items:
             if isinstance(item, Gemm):
-                matmul += kernels.matmul(item.m, item.n, item.k, precision, item.times)
+                matmul += kernels.matmul(item.m, item.n, item.k, precision, item.times, quantise)
             elif isinstance(item, GroupedGemm):
-                matmul += kernels.grouped_matmul(item.tokens, item.n, item.k, item.groups, precision)
+                matmul += kernels.grouped_matmul(item.tokens, item.n, item.k, item.groups, precision, quantise)
             elif isinstance(item, AttentionWork):
                 attention += self._price_attention(item, products)
             else:
                 # Every kernel of a chain moves its part of the bytes; small ones cost their launch.
-                elementwise += item.kernels * kernels.memory_bound(permute * item.bytes / max(1, item.kernels))
+                elementwise += item.kernels * kernels.memory_bound(permute * item.bytes / max(1, item.kernels), kind)
         return Cost(matmul=matmul, attention=attention, elementwise=elementwise)
 
     def _price_attention(self, work: AttentionWork, products: int) -> float:
@@ -145,14 +173,19 @@ class Engine:
     def operator_forward(self, operator: Operator, layout: Layout) -> Cost:
         """Seconds of one operator forward."""
         precision, permute = self._treatment(operator)
-        return self._price_work(operator.forward(layout, self.impl), precision, permute, 2)
+        return self._price_work(operator.forward(layout, self.impl), precision, permute, 2, stream_kind(operator))
 
-    def operator_backward(self, operator: Operator, layout: Layout, through: bool = True) -> Cost:
-        """Seconds of the gradients of one operator's weights and, where they are asked for, of its inputs."""
+    def operator_backward(self, operator: Operator, layout: Layout, through: bool = True) -> tuple[Cost, Cost]:
+        """Seconds of the gradients of one operator's inputs, where they are asked for, and of its weights."""
         precision, permute = self._treatment(operator)
-        work = operator.backward_input(layout, self.impl) if through else ()
-        work += operator.backward_weight(layout, self.impl)
-        return self._price_work(work, precision, permute, 4)
+        kind = stream_kind(operator, backward=True)
+        inputs = operator.backward_input(layout, self.impl) if through else ()
+        # Both operands of a weight's gradient are quantised by then, along both axes at once: the input in the forward
+        # pass, the output's gradient for the gradient of the input.
+        return (
+            self._price_work(inputs, precision, permute, 4, kind),
+            self._price_work(operator.backward_weight(layout, self.impl), precision, permute, 4, kind, "none"),
+        )
 
     def _treatment(self, operator: Operator) -> tuple[str, float]:
         high = operator.component in _HIGH_PRECISION_COMPONENTS
@@ -189,44 +222,64 @@ class Engine:
                 ring += seconds
             else:
                 expert += seconds * overlap.expert_parallel_exposed.si
-        visible = max(0.0, ring - attention_s) + overlap.context_parallel_exposed.si * min(ring, attention_s)
+        visible = exposed(ring, attention_s, overlap.context_parallel_exposed.si)
         return Cost(tensor_parallel=tensor, expert_parallel=expert, context_parallel=visible)
 
     # -- blocks ------------------------------------------------------------------------------------------------
 
     def _block(self, graph: Graph, layout: Layout, groups: BlockGroups, policy: Recompute, is_layer: bool) -> BlockCost:
+        forward, backward, weight_s = self._passes(graph, layout, groups, is_layer)
+        if not is_layer or policy.kind == "none":
+            return BlockCost(forward, backward, weight_s)
+        # With every n-th layer recomputed, an average layer runs that part of it again.
+        again = self._again(graph, layout, groups, replace(policy, every=1))
+        return BlockCost(forward, backward + Cost(recompute=again * policy.fraction), weight_s)
+
+    def _price_operators(self, graph: Graph, layout: Layout) -> tuple[Cost, ...]:
+        return tuple(self.operator_forward(operator, layout) for operator in graph.operators)
+
+    def _price_passes(
+        self, graph: Graph, layout: Layout, groups: BlockGroups, is_layer: bool
+    ) -> tuple[Cost, Cost, float]:
+        """Forward and backward of a block, nothing recomputed, and the seconds of its weights' gradients."""
         collectives = block_collectives(graph, layout, self.impl)
-        forward = backward = again = Cost()
-        rerun = {operator.name for operator in recomputed_operators(graph, policy, self.impl)} if is_layer else set()
-        for operator in graph.operators:
-            cost = self.operator_forward(operator, layout)
-            forward += cost
-            if operator.name in rerun:
-                again += cost
-            if graph.runs_backward(operator):
-                backward += self.operator_backward(operator, layout, graph.needs_input_gradient(operator))
+        forward = reduce(add, self._operators(graph, layout), Cost())
+        gradients = [
+            self.operator_backward(operator, layout, graph.needs_input_gradient(operator))
+            for operator in graph.operators
+            if graph.runs_backward(operator)
+        ]
+        weights = reduce(add, (of_weights for _, of_weights in gradients), Cost())
+        backward = reduce(add, (of_inputs for of_inputs, _ in gradients), weights)
         ahead = [c for c in collectives if c.phase == "forward"]
         behind = [c for c in collectives if c.phase == "backward"]
         forward += self._communication(ahead, groups, forward.attention)
         backward += self._communication(behind, groups, backward.attention)
-        if rerun:
-            again += self._communication([c for c in ahead if c.operator in rerun], groups, again.attention)
         if is_layer:
             host = self.stack.costs.host_per_layer_forward.si
             ratio = self.stack.costs.host_backward_ratio.si
             # The figures are for the operators of a layer: what is added to it is launched too, what does not run
             # backward is not.
-            own = sum(operator.component not in _ADDED_COMPONENTS for operator in graph.operators)
-            added = len(graph.operators) / own
+            own = _own_operators(graph)
             behind_share = sum(graph.runs_backward(operator) for operator in graph.operators) / own
-            forward += Cost(host=max(0.0, host * added - forward.total))
+            forward += Cost(host=max(0.0, host * (len(graph.operators) / own) - forward.total))
             backward += Cost(host=max(0.0, host * ratio * behind_share - backward.total))
-            if rerun:
-                share = len(rerun) / len(graph.operators)
-                again += Cost(host=max(0.0, host * added * share - again.total))
-        # With every n-th layer recomputed, an average layer runs that part of it again.
-        return BlockCost(forward, backward + Cost(recompute=again.total * policy.fraction))
+        return forward, backward, weights.total
 
-    def stream_s(self, size_bytes: float) -> float:
-        """Seconds of a kernel that moves so many bytes."""
-        return self.kernels.memory_bound(size_bytes)
+    def _price_again(self, graph: Graph, layout: Layout, groups: BlockGroups, policy: Recompute) -> float:
+        """Seconds of what a recomputed layer runs again."""
+        rerun = recomputed_operators(graph, policy, self.impl)
+        if not rerun:
+            return 0.0
+        known = self._operators(graph, layout) if rerun is graph.operators else None
+        again = reduce(add, known or (self.operator_forward(operator, layout) for operator in rerun), Cost())
+        names = {operator.name for operator in rerun}
+        collectives = block_collectives(graph, layout, self.impl)
+        ahead = [c for c in collectives if c.phase == "forward" and c.operator in names]
+        again += self._communication(ahead, groups, again.attention)
+        host = self.stack.costs.host_per_layer_forward.si * len(rerun) / _own_operators(graph)
+        return again.total + max(0.0, host - again.total)
+
+    def stream_s(self, size_bytes: float, kind: str = "") -> float:
+        """Seconds of a kernel of a kind that moves so many bytes."""
+        return self.kernels.memory_bound(size_bytes, kind)

@@ -15,7 +15,9 @@ from simllm.parallel.memory import StageMemory
 from simllm.parallel.plan import Plan, check_plan, check_virtual_tokens
 from simllm.parallel.stages import stage_weights
 from simllm.parallel.states import StateTerm, optimizer_named, state_terms
+from simllm.training.offload import HostMemory, host_memory
 from simllm.training.run import Training
+from simllm.training.setup import setup_dict
 from simllm.training.step import Step, StepTime
 from simllm.training.traffic import GroupTraffic, communication
 from simllm.training.uncertainty import peak_memory_interval, step_time_interval
@@ -37,6 +39,8 @@ class Estimate:
         The same by cause.
     stages : tuple of StageMemory
         Peak memory of every pipeline rank.
+    notes : tuple of str
+        What whoever asked assumed; part of the assumptions.
     """
 
     model: Model
@@ -45,6 +49,7 @@ class Estimate:
     training: Training
     time: StepTime
     stages: tuple[StageMemory, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def step_time_s(self) -> float:
@@ -66,10 +71,17 @@ class Estimate:
         """Device memory less the head-room."""
         return self.cluster.accelerator.memory_bytes * (1 - self.training.memory_headroom)
 
+    @cached_property
+    def host_memory(self) -> HostMemory | None:
+        """What the fullest node keeps on its host; None where nothing is offloaded."""
+        return host_memory(self._step, self.stages) if self.plan.offload.anything else None
+
     @property
     def fits(self) -> bool:
-        """Whether the peak leaves the head-room free on every rank."""
-        return self.peak_memory_bytes <= self.usable_memory_bytes
+        """Whether the peak leaves the head-room free on every rank, and the host holds what is offloaded."""
+        return self.peak_memory_bytes <= self.usable_memory_bytes and (
+            self.host_memory is None or self.host_memory.fits
+        )
 
     @property
     def tokens_per_step(self) -> int:
@@ -84,6 +96,11 @@ class Estimate:
     @cached_property
     def _step(self) -> Step:
         return Step(self.model, self.cluster, self.plan, self.training)
+
+    @property
+    def hsdp_shard(self) -> int:
+        """Ranks of an HSDP group, those of the scale-up domain where the plan leaves it open; 0 without groups."""
+        return self._step.hsdp_shard if self.plan.zero == "hsdp" else self.plan.hsdp_shard
 
     @cached_property
     def peak_flops(self) -> float:
@@ -127,7 +144,7 @@ class Estimate:
     @cached_property
     def assumptions(self) -> tuple[str, ...]:
         """What stands in for something not known."""
-        spec, notes = self.model.spec, list(self.model.spec.notes)
+        spec, notes = self.model.spec, [*self.notes, *self.model.spec.notes]
         notes += self._step.engine.assumptions
         if spec.architecture == "prefix-decoder":
             notes.append(f"half of each sequence ({self._step.prefix_len} tokens) is bidirectional prefix")
@@ -163,6 +180,7 @@ class Estimate:
             "cluster": self.cluster.name,
             "gpus": self.plan.num_gpus,
             "plan": plan_dict(self.plan),
+            "setup": setup_dict(self),
             "seq_len": self.training.seq_len,
             "stack": self.training.software.name,
             "step_time_s": self.step_time_s,
@@ -180,12 +198,15 @@ class Estimate:
                 "capacity_bytes": self.cluster.accelerator.memory_bytes,
                 "usable_bytes": self.usable_memory_bytes,
                 "by_kind": dict(peak.by_kind),
+                "views": peak.views,
+                "host": None if self.host_memory is None else self.host_memory.to_dict(),
                 "states": [asdict(term) for term in self.state_terms],
                 "per_stage": [
                     {
                         "stage": stage.rank,
                         "peak_bytes": stage.peak_bytes,
                         "by_kind": dict(stage.by_kind),
+                        "host": dict(stage.host),
                         "micro_batches_in_flight": stage.in_flight,
                         "peak_moment": stage.moment,
                     }
@@ -218,10 +239,11 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
         "precision": plan.precision,
         "schedule": plan.schedule,
         "uneven_layers": plan.uneven_layers,
+        "offload": str(plan.offload),
     }
 
 
-def estimate(model: Model, cluster: Cluster, plan: Plan, training: Training) -> Estimate:
+def estimate(model: Model, cluster: Cluster, plan: Plan, training: Training, *, simulate: bool = False) -> Estimate:
     """Time and memory of one optimizer step.
 
     Parameters
@@ -231,6 +253,9 @@ def estimate(model: Model, cluster: Cluster, plan: Plan, training: Training) -> 
     plan : Plan
         Its degrees multiply to the cluster's GPUs.
     training : Training
+    simulate : bool
+        Run the pipeline event by event also where its schedule has a closed form: exact for uneven stages. Schedules
+        without a closed form are always run.
 
     Returns
     -------
@@ -257,4 +282,11 @@ def estimate(model: Model, cluster: Cluster, plan: Plan, training: Training) -> 
     check_plan(model, plan, training.seq_len + model.graph.virtual_tokens)
     check_virtual_tokens(model, training.seq_len)
     step = Step(model, cluster, plan, training)
-    return Estimate(model=model, cluster=cluster, plan=plan, training=training, time=step.time(), stages=step.memory())
+    return Estimate(
+        model=model,
+        cluster=cluster,
+        plan=plan,
+        training=training,
+        time=step.time(simulate),
+        stages=step.memory(simulate),
+    )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from math import gcd, prod
 
 from simllm.errors import UnsupportedError
@@ -14,10 +14,10 @@ from simllm.models.activations import recomputed_operators
 from simllm.models.counts import operator_flops
 from simllm.models.graph import Graph, Layout
 from simllm.network import Group, price
-from simllm.parallel.memory import StageMemory, shard_degrees, stage_memory
+from simllm.parallel.memory import StageMemory, held_along, shard_degrees, stage_kept_bytes, stage_memory
 from simllm.parallel.placement import group_of
 from simllm.parallel.plan import Plan
-from simllm.parallel.schedules import pipeline_time
+from simllm.parallel.schedules import pipeline_bubble
 from simllm.parallel.stages import (
     Stage,
     block_frozen_bytes,
@@ -27,25 +27,26 @@ from simllm.parallel.stages import (
     stage_weights,
 )
 from simllm.parallel.states import StateBytes
+from simllm.training.composition import (
+    accumulation_s,
+    data_parallel_s,
+    over_blocks,
+    sharded_exposure,
+    step_s,
+    transfer_share,
+    transfers_of,
+    update_bytes,
+)
 from simllm.training.cost import Cost
 from simllm.training.engine import BlockGroups, Engine
+from simllm.training.offload import HostWork, host_of
+from simllm.training.pipeline import PipelineRun
 from simllm.training.run import Training
 
-__all__ = ["Exchange", "StageTime", "Step", "StepTime", "engine_for", "exposed"]
+__all__ = ["Exchange", "StageTime", "Step", "StepTime", "engine_for"]
 
 
 _ALONE = Group(size=1)
-
-
-def exposed(communication_s: float, window_s: float, share: float) -> float:
-    """Communication that shows beside a window of computation.
-
-    What does not fit into the window shows, and of the rest the share that the software leaves visible.
-
-    >>> exposed(3.0, 2.0, 0.5), exposed(1.0, 2.0, 0.0), exposed(1.0, 2.0, 1.0)
-    (2.0, 0.0, 1.0)
-    """
-    return max(0.0, communication_s - window_s) + share * min(communication_s, window_s)
 
 
 @lru_cache(maxsize=64)
@@ -56,10 +57,14 @@ def engine_for(cluster: Cluster, stack: Stack, precision: str) -> Engine:
 
 @dataclass(frozen=True, slots=True)
 class StageTime:
-    """One micro-batch on one pipeline rank, all of its chunks together."""
+    """One micro-batch on one pipeline rank, all of its chunks together.
+
+    ``weight_s``: what of the backward makes gradients of weights.
+    """
 
     forward: Cost
     backward: Cost
+    weight_s: float
     p2p_s: float
 
     @property
@@ -113,15 +118,21 @@ class Step:
         )
         self.hsdp_shard = plan.hsdp_shard or gcd(plan.dp * plan.cp, max(1, cluster.gpus_per_domain // plan.tp))
         self.states: StateBytes = training.states(plan.precision)
-        self.stages = pipeline_stages(self.graph, plan.pp, plan.vpp, plan.uneven_layers)
+        if plan.offload.anything:
+            host_of(self)
+        self.stages = pipeline_stages(self.graph, plan.pp, plan.vpp, plan.uneven_layers, plan.pipeline.placement)
 
     # -- memory ------------------------------------------------------------------------------------------------
 
-    def memory(self) -> tuple[StageMemory, ...]:
-        """Peak memory of every pipeline rank."""
-        return tuple(self._rank_memory(stage) for stage in self.stages)
+    def memory(self, simulate: bool = False) -> tuple[StageMemory, ...]:
+        """Peak memory of every pipeline rank; ``simulate``: walk the action table also where a closed form exists."""
+        return tuple(self._rank_memory(stage, simulate) for stage in self.stages)
 
-    def _rank_memory(self, stage: Stage) -> StageMemory:
+    def _rank_memory(self, stage: Stage, simulate: bool = False) -> StageMemory:
+        held = None
+        if simulate or not self.plan.pipeline.closed_form:
+            run = self.pipeline_run
+            held = held_along(run.table, stage.rank, run.stages, self.layout, self.engine.impl, self.plan.recompute)
         return stage_memory(
             stage,
             self.plan,
@@ -131,7 +142,12 @@ class Step:
             self.training.optimizer,
             self.stack.costs.context.si,
             self.hsdp_shard,
+            held,
         )
+
+    def kept_bytes(self, stage: Stage) -> float:
+        """Bytes that one micro-batch keeps on a stage for its backward pass."""
+        return stage_kept_bytes(stage, self.layout, self.engine.impl, self.plan.recompute)
 
     def first_overflow(self, usable_bytes: float) -> StageMemory | None:
         """The first pipeline rank found that needs more than there is, or None where all fit.
@@ -146,25 +162,25 @@ class Step:
 
     # -- one micro-batch on one rank -----------------------------------------------------------------------------
 
-    def _block(self, graph: Graph, is_layer: bool) -> tuple[Cost, Cost]:
+    def _block(self, graph: Graph, is_layer: bool) -> tuple[Cost, Cost, float]:
         cost = self.engine.block(graph, self.layout, self.groups, self.plan.recompute, is_layer)
         if not self.plan.shards_parameters:
-            return cost.forward, cost.backward + Cost(elementwise=self._accumulation_s(graph))
-        weights = block_weights(graph, self.layout)
-        gather = self.exchange_s(self.block_gathers(graph))
-        reduce = self.exchange_s(self.reductions(*weights))
+            added = accumulation_s(self.accumulation_stream_s(graph), self.plan.num_micro_batches)
+            return cost.forward, cost.backward + Cost(elementwise=added), cost.weight_s + added
+        gather, reduce = self.block_traffic_s(graph)
         share = self.stack.overlap.fully_sharded_exposed.si
-        forward = exposed(gather, cost.forward.total, share)
-        backward = exposed(gather + reduce, cost.backward.total, share)
-        return cost.forward + Cost(data_parallel=forward), cost.backward + Cost(data_parallel=backward)
+        ahead, behind = sharded_exposure(gather, reduce, cost.forward.total, cost.backward.total, share)
+        return cost.forward + Cost(data_parallel=ahead), cost.backward + Cost(data_parallel=behind), cost.weight_s
 
-    def _accumulation_s(self, graph: Graph) -> float:
-        """Adding a micro-batch's gradients to those before, a mean over the step: the first one is only stored."""
-        traffic = self.stack.costs.gradient_accumulation.si
-        m = self.plan.num_micro_batches
-        if not traffic or m == 1:
-            return 0.0
-        return self.engine.stream_s(sum(block_weights(graph, self.layout)) * traffic) * (m - 1) / m
+    def accumulation_stream_s(self, graph: Graph) -> float:
+        """Seconds to add one micro-batch's gradients of a block to those before."""
+        traffic = self.stack.costs.gradient_accumulation.si * sum(block_weights(graph, self.layout))
+        return self.engine.stream_s(traffic) if traffic else 0.0
+
+    def block_traffic_s(self, graph: Graph) -> tuple[float, float]:
+        """Seconds to gather the parameters of one block, and to reduce its gradients."""
+        weights = block_weights(graph, self.layout)
+        return self.exchange_s(self.block_gathers(graph)), self.exchange_s(self.reductions(*weights))
 
     # -- data-parallel traffic -----------------------------------------------------------------------------------
 
@@ -205,7 +221,9 @@ class Step:
         plan = self.plan
         experts = group_of(plan, "expert_dp")
         if plan.zero != "hsdp" and not plan.hsdp_shard:
-            return ("dp", dense, group_of(plan, "dp"), _ALONE), ("expert_dp", expert, experts, _ALONE)
+            # Where the pipeline holds two copies of the model, the ranks of one stage sum their gradients too.
+            twin = Group(size=2, stride=group_of(plan, "pp").stride) if plan.pipeline.copies == 2 else _ALONE
+            return ("dp", dense, group_of(plan, "dp"), twin), ("expert_dp", expert, experts, twin)
         size = gcd(experts.size, shard_degrees(plan, self.hsdp_shard)[1])
         return (
             (
@@ -240,96 +258,125 @@ class Step:
             Exchange("pp_slices", "all_gather", group_of(plan, "tp"), size),
         ]
 
-    def p2p_count(self, stage: Stage) -> int:
-        """Transfers of one micro-batch that a rank takes part in.
-
-        Every chunk receives and sends once forward and once backward, except at the ends of the model; a send and the
-        receive of the same moment are one exchange.
-        """
-        return 0 if self.plan.pp == 1 else 2 * self.plan.vpp - stage.first - stage.last
+    @cached_property
+    def transfer_s(self) -> tuple[float, float]:
+        """Seconds of a transfer between stages, and the share of it that occupies the ranks."""
+        if self.plan.pp == 1:
+            return 0.0, 0.0
+        share = transfer_share(self.plan.vpp, self.plan.pipeline, self.stack.overlap)
+        return self.exchange_s(self.p2p()), share
 
     def stage_time(self, stage: Stage) -> StageTime:
-        """One micro-batch on one pipeline rank."""
-        forward, backward = Cost(), Cost()
-        for graph, times in stage.layers:
-            ahead, behind = self._block(graph, True)
-            forward += ahead.scaled(times)
-            backward += behind.scaled(times)
-        for graph in stage.extras:
-            ahead, behind = self._block(graph, False)
-            forward += ahead
-            backward += behind
-        if self.plan.pp == 1:
-            return StageTime(forward, backward, 0.0)
-        visible = self.stack.overlap.pipeline_exposed.si if self.plan.schedule == "interleaved" else 1.0
-        return StageTime(forward, backward, self.p2p_count(stage) * self.exchange_s(self.p2p()) * visible)
+        """One micro-batch on one pipeline rank, transfers apart."""
+        blocks = {id(graph): self._block(graph, True) for graph, _ in stage.layers}
+        blocks |= {id(graph): self._block(graph, False) for graph in stage.extras}
+        forward = over_blocks(stage, lambda graph, is_layer: blocks[id(graph)][0])
+        backward = over_blocks(stage, lambda graph, is_layer: blocks[id(graph)][1])
+        weight_s = over_blocks(stage, lambda graph, is_layer: blocks[id(graph)][2])
+        if self.plan.offload.anything:
+            ahead, behind = HostWork(self).per_micro_batch(stage, forward.total, backward.total)
+            forward, backward = forward + ahead, backward + behind
+        return StageTime(forward, backward, weight_s, 0.0)
 
     # -- the step ------------------------------------------------------------------------------------------------
 
-    def time(self) -> StepTime:
-        """Seconds of the step by cause."""
-        plan = self.plan
-        times = self._stage_times()
-        totals = [time.total_s for time in times]
-        busiest = max(range(plan.pp), key=totals.__getitem__)
-        m = plan.num_micro_batches
-        pipeline = pipeline_time(totals, m, plan.vpp)
-        once = max((self._once_per_step(stage, time) for stage, time in zip(self.stages, times, strict=True)), key=sum)
-        by_cause = (times[busiest].forward + times[busiest].backward).scaled(m).by_cause()
-        by_cause["data_parallel"] += once[0]
-        by_cause["pipeline_p2p"] = times[busiest].p2p_s * m
-        by_cause["pipeline_bubble"] = max(0.0, pipeline - totals[busiest] * m)
-        by_cause["optimizer"] = once[1]
-        return StepTime(total_s=sum(by_cause.values()), by_cause=by_cause, busiest_stage=busiest)
+    @cached_property
+    def pipeline_run(self) -> PipelineRun:
+        """The step's pipeline, event by event."""
+        return PipelineRun(self)
 
-    def _stage_times(self) -> list[StageTime]:
+    def time(self, simulate: bool = False) -> StepTime:
+        """Seconds of the step by cause.
+
+        Parameters
+        ----------
+        simulate : bool
+            Run the action table also where the schedule has a closed form.
+        """
+        plan = self.plan
+        transfer, visible = self.transfer_s
+        times = [
+            replace(time, p2p_s=transfers_of(stage, plan.pp, plan.vpp, plan.pipeline) * transfer * visible)
+            for stage, time in zip(self.stages, self.stage_times(self.stages), strict=True)
+        ]
+        # Where the pipeline holds two copies of the model, half of the micro-batches pass each.
+        m = plan.num_micro_batches / plan.pipeline.copies
+        totals = [time.total_s for time in times]
+        hidden = [0.0] * plan.pp
+        exact = simulate or not plan.pipeline.closed_form
+        if exact:
+            hidden = [self.pipeline_run.hidden_s(rank) for rank in range(plan.pp)]
+        busy = [m * total - saved for total, saved in zip(totals, hidden, strict=True)]
+        busiest = max(range(plan.pp), key=busy.__getitem__)
+        bubble = pipeline_bubble(totals[busiest], sum(totals), plan.vpp)
+        if exact:
+            bubble = max(0.0, self.pipeline_run.total_s - busy[busiest])
+        once = max((self._once_per_step(stage, time) for stage, time in zip(self.stages, times, strict=True)), key=sum)
+        by_cause = ((times[busiest].forward + times[busiest].backward) * m).by_cause()
+        by_cause["data_parallel"] += once[0]
+        by_cause["offload"] += once[2]
+        by_cause["pipeline_p2p"] = times[busiest].p2p_s * m
+        # What runs beside computation is transfers first, then the experts' exchanges.
+        beside = min(hidden[busiest], by_cause["pipeline_p2p"])
+        by_cause["pipeline_p2p"] -= beside
+        by_cause["expert_parallel"] -= hidden[busiest] - beside
+        by_cause["pipeline_bubble"] = bubble
+        by_cause["optimizer"] = once[1]
+        return StepTime(total_s=step_s(busy[busiest], bubble, sum(once)), by_cause=by_cause, busiest_stage=busiest)
+
+    def stage_times(self, stages: tuple[Stage, ...]) -> list[StageTime]:
+        """One micro-batch on each of some stages; equal ones are priced once."""
         known: dict[tuple[object, ...], StageTime] = {}
         times = []
-        for stage in self.stages:
+        for stage in stages:
             key = (stage.layers, stage.extras, stage.first, stage.last)
             if key not in known:
                 known[key] = self.stage_time(stage)
             times.append(known[key])
         return times
 
-    def _once_per_step(self, stage: Stage, time: StageTime) -> tuple[float, float]:
-        """Data-parallel traffic that shows, and the optimizer, on one rank."""
-        dense, expert = stage_weights(stage, self.layout, self.plan.pp)
-        return self._data_parallel(dense, expert, time), self._optimizer(stage, dense, expert)
+    def _once_per_step(self, stage: Stage, time: StageTime) -> tuple[float, float, float]:
+        """Data-parallel traffic that shows, the optimizer, and transfers to the host that show, on one rank."""
+        forward, backward, traffic = time.forward.total, time.backward.total, 0.0
+        if not self.plan.shards_parameters:  # otherwise the traffic is part of every block
+            reduce, gather = self.stage_traffic_s(stage)
+            traffic = data_parallel_s(reduce, gather, forward, backward, self.reductions_per_step, self.stack.overlap)
+        if self.plan.offload.moves("optimizer"):
+            shown, update = HostWork(self).per_step(stage, backward)
+            return traffic, update, shown
+        return traffic, self.update_s(stage), 0.0
 
-    def _data_parallel(self, dense: int, expert: int, time: StageTime) -> float:
-        plan, overlap = self.plan, self.stack.overlap
-        if plan.shards_parameters:
-            return 0.0  # part of every block
-        reduce, gather = self.exchange_s(self.reductions(dense, expert)), self.exchange_s(self.gathers(dense, expert))
-        # Gradients are reduced beside the backward pass of the last micro-batch (ZeRO-2: of every one), parameters
-        # gathered beside the forward pass of the first.
-        times = plan.num_micro_batches if plan.zero == "2" else 1
-        shown = times * exposed(reduce, time.backward.total, overlap.gradient_exposed.si)
-        return shown + exposed(gather, time.forward.total, overlap.parameter_gather_exposed.si)
+    @property
+    def reductions_per_step(self) -> int:
+        """How often gradients are reduced without full sharding: ZeRO-2 keeps a shard only, so every time."""
+        return self.plan.num_micro_batches if self.plan.zero == "2" else 1
 
-    def _optimizer(self, stage: Stage, dense: int, expert: int) -> float:
-        """The update of a rank's own share: its states are read and written once, its moments too."""
-        by_dense, by_expert = (1, 1) if self.plan.zero == "0" else shard_degrees(self.plan, self.hsdp_shard)
-        moments = self.moments(stage)
-        parameters = dense / by_dense + expert / by_expert
-        if not parameters:
+    def stage_traffic_s(self, stage: Stage) -> tuple[float, float]:
+        """Seconds to reduce the gradients of a rank, and to gather its parameters."""
+        weights = stage_weights(stage, self.layout, self.plan.pp)
+        return self.exchange_s(self.reductions(*weights)), self.exchange_s(self.gathers(*weights))
+
+    def update_s(self, stage: Stage) -> float:
+        """Seconds of the optimizer on one rank."""
+        weights = stage_weights(stage, self.layout, self.plan.pp)
+        if not any(weights):
             return 0.0
-        read_and_written = 2 * (moments[0] / by_dense + moments[1] / by_expert)
-        streamed = self.engine.stream_s(parameters * self.states.update_traffic + read_and_written)
-        return streamed + self._projections_s(stage) + self._paging_s(stage, by_dense, by_expert)
+        degrees = (1, 1) if self.plan.zero == "0" else shard_degrees(self.plan, self.hsdp_shard)
+        moved = update_bytes(weights, self.moments(stage), degrees, self.states.update_traffic)
+        streamed = self.engine.stream_s(moved, "optimizer")
+        return streamed + self._projections_s(stage) + self._paging_s(stage, degrees)
 
-    def _paging_s(self, stage: Stage, by_dense: int, by_expert: int) -> float:
+    def _paging_s(self, stage: Stage, degrees: tuple[int, int]) -> float:
         """States in pages of the host come over its link for the update and go back."""
         dense, expert = self.moments(stage, paged=True)
-        moved = 2 * (dense / by_dense + expert / by_expert)
+        moved = 2 * (dense / degrees[0] + expert / degrees[1])
         link = self.cluster.accelerator.pcie_bandwidth
         if not moved:
             return 0.0
         if link is None:
             name = self.cluster.accelerator.name
             raise UnsupportedError(f"the profile of {name} has no link to its host; use an optimizer that is not paged")
-        return self.engine.stream_s(moved) + moved / link
+        return self.engine.stream_s(moved, "optimizer") + moved / link
 
     def _projections_s(self, stage: Stage) -> float:
         """Gradients projected down and updates projected back, where moments are kept of a projection."""
@@ -348,6 +395,12 @@ class Step:
         """Bytes of optimizer moments of a stage's dense and expert weights, before sharding."""
         element = self.states.moment_element
         return stage_moments(stage, self.layout, self.plan.pp, self.training.optimizer, element, paged)
+
+    def owned_moments(self, stage: Stage) -> tuple[float, float]:
+        """The same on one rank."""
+        by = (1, 1) if self.plan.zero == "0" else shard_degrees(self.plan, self.hsdp_shard)
+        moments = self.moments(stage)
+        return moments[0] / by[0], moments[1] / by[1]
 
     # -- FLOPs ---------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from simllm.network import price
 from simllm.parallel.communication import block_collectives
 from simllm.parallel.stages import block_weights, stage_weights
+from simllm.training.composition import transfers_of
 from simllm.training.step import Exchange, Step
 
 __all__ = ["GroupTraffic", "communication"]
@@ -75,7 +76,8 @@ def communication(step: Step, rank: int) -> tuple[GroupTraffic, ...]:
 
 def _exchanges(step: Step, rank: int) -> Iterator[tuple[Exchange, float]]:
     """Every exchange of a step with how often it happens."""
-    plan, stage, m = step.plan, step.stages[rank], step.plan.num_micro_batches
+    plan, stage = step.plan, step.stages[rank]
+    m = plan.num_micro_batches / plan.pipeline.copies
     for graph, times in (*stage.layers, *((graph, 1) for graph in stage.extras)):
         for item in block_collectives(graph, step.layout, step.engine.impl):
             group = step.engine.hop(item, step.groups)
@@ -89,4 +91,4 @@ def _exchanges(step: Step, rank: int) -> Iterator[tuple[Exchange, float]]:
         yield from ((x, x.times) for x in step.gathers(*weights))
         yield from ((x, m if plan.zero == "2" else 1) for x in step.reductions(*weights))
     if plan.pp > 1:
-        yield from ((x, step.p2p_count(stage) * m) for x in step.p2p())
+        yield from ((x, transfers_of(stage, plan.pp, plan.vpp, plan.pipeline) * m) for x in step.p2p())

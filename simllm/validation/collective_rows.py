@@ -109,6 +109,9 @@ def measurement(row: Row, cluster: str | None = None) -> Measurement:
         raise InputError("message_bytes is not stated")
     algorithm = _algorithm(row.text("algorithm"))
     placed = row_cluster(row, cluster)
+    if algorithm is None and operation == "all_reduce" and placed.algorithm is not None:
+        algorithm = placed.algorithm
+        row.assume(f"algorithm={algorithm}, inferred from the bandwidth reached")
     if row.text("protocol"):
         row.assume(f"protocol={row.text('protocol')} was forced; the cheapest one is priced")
     return Measurement(

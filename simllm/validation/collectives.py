@@ -14,12 +14,18 @@ from typing import Any, Literal
 
 from simllm.errors import InputError
 from simllm.network import bus_factor
-from simllm.network.crossvalidate import REGIMES
 from simllm.validation.collective_rows import NEEDED_COLUMNS, measurement, operation_name, read_rows
 from simllm.validation.scoring import Outcome, Score, score, score_by
 from simllm.validation.table import Row
 
 __all__ = ["NEEDED_COLUMNS", "REGIMES", "CollectiveReport", "CollectiveResult", "regime", "validate_collectives"]
+
+#: Regimes of message size that are scored apart: name, from and up to how many bytes.
+REGIMES: tuple[tuple[str, float, float], ...] = (
+    ("64 MB and more", 64e6, float("inf")),
+    ("64 KB to 64 MB", 65536.0, 64e6),
+    ("below 64 KB", 0.0, 65536.0),
+)
 
 _GROUPS = ("regime", "machine", "system", "collective", "gpu")
 

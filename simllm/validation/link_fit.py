@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from typing import Any
 
 import msgspec
@@ -18,6 +17,7 @@ from simllm.errors import InputError
 from simllm.hardware.figures import Count
 from simllm.hardware.links import Link
 from simllm.hardware.profiles import figures_of
+from simllm.kernels.fitting import require_scipy
 from simllm.network import bus_factor
 from simllm.network.calibrate import FIT, calibrate, predict, with_figures
 from simllm.network.fabric import fabric
@@ -224,8 +224,7 @@ def fit_links(
     InputError
         No sweep runs over ``only``, there are fewer points than figures, or scipy is not installed.
     """
-    if find_spec("scipy") is None:
-        raise InputError("a fit needs scipy; install it with: pip install 'simllm[calibrate]'")
+    require_scipy()
     members: dict[Link, list[Sweep]] = {}
     for sweep in sweeps:
         view = fabric(sweep.cluster, sweep.group)

@@ -16,6 +16,7 @@ from simllm.errors import InputError
 from simllm.hardware import Cluster, load_cluster, make_cluster
 from simllm.hardware.accelerator import load_accelerator
 from simllm.hardware.fabric import Mesh, load_fabric
+from simllm.hardware.links import link_of_library
 from simllm.network import Group
 from simllm.validation.system_names import (
     UNSTATED,
@@ -45,12 +46,15 @@ class Placed:
         What the row does not state.
     fitted : bool
         Whether so much of the machine is known that its times tell about links.
+    algorithm : str or None
+        What its all-reduces are known to have run.
     """
 
     cluster: Cluster
     group: Group
     assumptions: tuple[str, ...]
     fitted: bool = True
+    algorithm: str | None = None
 
 
 def row_cluster(row: Row, cluster: str | None = None) -> Placed:
@@ -60,7 +64,7 @@ def row_cluster(row: Row, cluster: str | None = None) -> Placed:
     ----------
     row : Row
         With the cells ``system``, ``gpu``, ``n_nodes``, ``n_gpus``, and where they are stated ``gpus_per_node``,
-        ``domain_gpus``, ``scaleout_link``, ``scaleout_GBps_per_node``.
+        ``domain_gpus``, ``scaleout_link``, ``scaleout_GBps_per_node``, ``library``.
     cluster : str, optional
         A system of the catalog or a file of one's own that it ran on, whatever the row says.
 
@@ -83,6 +87,7 @@ def row_cluster(row: Row, cluster: str | None = None) -> Placed:
         ),
         cluster=cluster,
         ranks_per_process=_ranks_per_process(row),
+        library=row.text("library"),
     )
     for sentence in placed.assumptions:
         row.assume(sentence)
@@ -107,6 +112,7 @@ def place(
     stated: Machine = UNSTATED,
     cluster: str | None = None,
     ranks_per_process: int | None = None,
+    library: str = "",
 ) -> Placed:
     """The machine that the words of a table mean, and the ranks on it.
 
@@ -154,10 +160,13 @@ def place(
         assumed.append(f"{ranks} ranks do not spread evenly over {nodes} nodes of {per_node}: they fill nodes in order")
     elif nodes > 1:
         stride = per_node // used
-    one_process, fitted = False, True
+    one_process, fitted, algorithm = False, True, None
     if cluster is None and (known := published_systems().get(system)) is not None:
-        one_process = known.one_process
+        one_process, algorithm = known.one_process, known.algorithm
         fitted = known.device_stated and (known.network_stated or nodes == 1)
+        fitted = fitted and (known.fit_up_to is None or ranks <= known.fit_up_to.value)
+        if known.nics is not None:
+            found = replace(found, nics_per_node=int(known.nics.value))
         if not known.network_stated and nodes > 1:
             assumed.append(f"the network of {system} is not stated: that of {found.name}")
         if known.peer_access and known.staged_link and ranks > known.peer_access.value:
@@ -166,8 +175,22 @@ def place(
     if one_process and ranks_per_process is None:
         assumed.append("one process drives all devices of a node")
     driven = ranks_per_process or (max(used, 1) if one_process else 1)
-    group = Group(size=ranks, stride=stride, ranks_per_process=driven)
-    return Placed(cluster=found, group=group, assumptions=tuple(assumed), fitted=fitted)
+    # What is measured runs alone: the GPUs that it leaves out are idle.
+    alone = 1 if nodes > 1 and ranks == nodes * used and stride > 1 else None
+    group = Group(size=ranks, stride=stride, concurrent=alone, ranks_per_process=driven)
+    if cluster is None and library:
+        found = _of_library(found, library)
+    return Placed(cluster=found, group=group, assumptions=tuple(assumed), fitted=fitted, algorithm=algorithm)
+
+
+def _of_library(cluster: Cluster, library: str) -> Cluster:
+    """The same wires under the version of the library that drove them."""
+    out = cluster.scaleout_link
+    return replace(
+        cluster,
+        scaleup_link=link_of_library(cluster.scaleup_link, library),
+        scaleout_link=out and link_of_library(out, library),
+    )
 
 
 def _machine(system: str, gpu: str, stated: Machine, assumed: list[str]) -> Machine:

@@ -10,9 +10,10 @@ from simllm.errors import InputError
 from simllm.hardware import Cluster, load_cluster, make_cluster
 from simllm.hardware.stack import Stack
 from simllm.models import Model
-from simllm.models.activations import Recompute
+from simllm.models.activations import Recompute, second_products
 from simllm.models.spec import MoESpec
 from simllm.parallel.plan import Plan, Zero, even_split
+from simllm.parallel.schedules import SCHEDULES
 from simllm.validation.system_names import system_in
 from simllm.validation.table import Row
 
@@ -38,12 +39,6 @@ _USUAL_ZERO: dict[str, Zero] = {
 #: AutoModel's benchmark recipes switch checkpointing on.
 _RECOMPUTES_BY_DEFAULT = frozenset({"xla", "automodel"})
 
-#: torchtitan's selective checkpointing keeps the attention and every second matrix product of a layer, and runs the
-#: others and all that is pointwise again (arXiv:2410.06511, section 2.1.3). Its products are q, k, v, o, gate, up and
-#: down, of which k, o and up run again; the graph has q, k, v and gate, up as one operator each. Rerunning qkv and o is
-#: the nearest to it in FLOPs and in memory that whole operators allow.
-_SELECTIVE_PER_OPERATOR = ("mixer_norm", "qkv", "q_norm", "k_norm", "rope", "o", "mlp_norm", "act")
-
 #: What is kept under remat_policy=save_qkv_proj, the setting of NVIDIA's MaxText recipes (NVIDIA/dgxc-benchmarking
 #: maxtext/configure.sh); the last product of a layer is never run again, because no backward needs its output.
 _KEPT_BY_GPU_RECIPES = ("qkv", "down")
@@ -59,6 +54,8 @@ _SCHEDULES = {
     "interleaved-1f1b": "interleaved",
     "1f1b-i": "interleaved",
     "1f1b-interleaved": "interleaved",
+    "zb-2p*": "zb-2p",  # the same schedule with another micro-batch, arXiv:2401.10241, table 6
+    **{name: name for name in SCHEDULES},
 }
 
 
@@ -214,22 +211,25 @@ def _schedule(row: Row, pp: int) -> tuple[str, int]:
     """The pipeline schedule and the model chunks of a rank."""
     stated = row.text("pipeline_schedule").casefold()
     if stated and stated not in _SCHEDULES:
-        raise InputError(f"pipeline schedule {stated} is not modelled; modelled are 1f1b, gpipe and interleaved-1f1b")
+        raise InputError(f"pipeline schedule {stated} is not modelled; modelled are {', '.join(SCHEDULES)}")
     vpp = row.integer("vp")
     if pp == 1:
         return "1f1b", 1
     schedule = _SCHEDULES.get(stated) or ("interleaved" if (vpp or 1) > 1 else "1f1b")
     if not stated:
         row.assume(f"pipeline_schedule is not stated: {schedule}")
-    if schedule == "interleaved" and vpp is None:
-        raise InputError("the interleaved schedule needs vp, the model chunks of a rank, which is not stated")
+    chunks = SCHEDULES[schedule].chunks
+    if chunks == 0 and vpp is None:
+        raise InputError(f"the {schedule} schedule needs vp, the model chunks of a rank, which is not stated")
     if vpp is None:
-        row.assume("vp is not stated: 1, not interleaved")
-    if schedule != "interleaved" and (vpp or 1) > 1:
+        row.assume(
+            "vp is not stated: 1, not interleaved" if chunks == 1 else f"vp is not stated: {chunks}, as {schedule} has"
+        )
+    if chunks and (vpp or chunks) != chunks:
         raise InputError(f"pipeline_schedule={stated} contradicts vp={vpp}")
     if schedule == "interleaved" and vpp == 1:
         return "1f1b", 1
-    return schedule, vpp or 1
+    return schedule, vpp or chunks
 
 
 def _uneven(row: Row, model: Model, chunks: int) -> bool:
@@ -281,9 +281,9 @@ def _recompute(row: Row, base: str, model: Model) -> Recompute:
         row.assume(f"recompute is not stated: {usual}, as {base} does")
         return Recompute.parse(usual)
     if stated == "selective" and base.startswith("torchtitan"):
-        again = tuple(name for name in _SELECTIVE_PER_OPERATOR if name in _layer_operators(model))
-        row.assume(f"selective recomputation of torchtitan runs {', '.join(again)} again")
-        return Recompute(kind="list", operators=again)
+        policy = second_products(model.graph.layers)
+        row.assume(f"selective recomputation of torchtitan runs {', '.join(policy.operators)} again")
+        return policy
     if stated == "selective" and base == "xla":
         row.assume("selective recomputation of MaxText keeps a few named tensors: taken as full")
         return Recompute.parse("full")

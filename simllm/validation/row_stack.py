@@ -152,12 +152,28 @@ def _parameters_in_8_bits(row: Row, stack: Stack, load: _Load) -> tuple[Stack, s
     return msgspec.structs.replace(stack, states=states), "parameters are gathered in 8 bits, as the settings state"
 
 
+def _loss_before_2025(row: Row, stack: Stack, load: _Load) -> tuple[Stack, str] | None:
+    """torchtitan compiles its loss since 2025; before, the float32 steps of cross-entropy were tensors of their own."""
+    dated = re.search(r"_20(\d\d)-?[01]\d\b|_20(\d\d)[01]\d_|arXiv:(\d\d)[01]\d\.", row.text("source"))
+    if stack.name != "torchtitan" or (dated and int(next(filter(None, dated.groups()))) >= 25):
+        return None
+    saved = BytesPer(
+        value=14,
+        unit="B/param",
+        source="logits in bf16, a float32 copy, the float32 log-softmax and its float32 gradient, which becomes bf16",
+        basis="derived",
+    )
+    costs = msgspec.structs.replace(stack.costs, logits_saved=saved)
+    return msgspec.structs.replace(stack, costs=costs), "the loss is not compiled, as in torchtitan until 2024"
+
+
 _REFINEMENTS: tuple[Callable[[Row, Stack, _Load], tuple[Stack, str] | None], ...] = (
     _attention,
     _no_overlap,
     _tensor_parallel_overlap,
     _gradients_in_16_bits,
     _parameters_in_8_bits,
+    _loss_before_2025,
 )
 
 

@@ -304,12 +304,12 @@ def _measured_memory(row: Row) -> float | None:
 def _predicted_memory(row: Row, answer: Estimate) -> float:
     """The peak in the view of the measurement: nvidia-smi shows the context too, PyTorch's counters do not."""
     kind = row.text("memory_kind").casefold()
-    peak, context = answer.peak_memory_bytes, answer.peak_stage.by_kind["context"]
+    views = answer.peak_stage.views
     if "nvidia-smi" in kind:
-        return peak
+        return views["nvidia_smi"]
     if row.text("measured_peak_mem_gb"):
         if "reserved" in kind:
             row.assume("reserved memory is taken as allocated: the allocator's slack is not modelled")
         elif "allocated" not in kind:
             row.assume("the kind of peak memory is not stated: taken as allocated by PyTorch, without the context")
-    return peak - context
+    return views["max_reserved" if "reserved" in kind else "max_allocated"]

@@ -85,18 +85,23 @@ class Described(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """What a published name leaves out.
 
     `peer_access` is the most devices that reach each other directly, `staged_link` the link class of larger groups;
-    `one_process` says that one process drove all devices of a node, `network_stated` whether anything tells the network
-    of its rows over several nodes, `device_stated` whether anything but the bandwidth reached tells the device. What is
-    not known can be priced by assumption, but nothing is fitted to it.
+    `one_process` says that one process drove all devices of a node, `algorithm` which all-reduce ran, `nics` how many
+    a node has, `network_stated` whether anything tells the network of its rows over several nodes, `device_stated`
+    whether anything but the bandwidth reached tells the device, `fit_up_to` the largest group whose times tell about
+    other machines with such links. What is not known, or holds for one host alone, can be priced, but nothing is
+    fitted to it.
     """
 
     peer_access: Count | None = None
     staged_link: str | None = None
     one_process: bool = False
+    algorithm: str | None = None
     network_stated: bool = True
     device_stated: bool = True
+    fit_up_to: Count | None = None
     scaleout_link: str | None = None
     scaleout_bandwidth: BytesPerSecond | None = None
+    nics: Count | None = None
     island: _Island | None = None
 
 

@@ -226,6 +226,8 @@ def test_estimate(cli) -> None:
     assert set(answer) >= ESTIMATE_KEYS | {"plan"}
     plan = Plan(tp=2, pp=2, dp=4, global_batch_size=64, sequence_parallel=True)
     expected = estimate(Model.load("llama-3-8b"), load_cluster("dgx-h100", 16), plan, Training(seq_len=8192))
+    by_resource = answer["time"].pop("by_resource")
+    assert sum(by_resource.values()) == pytest.approx(expected.step_time_s, rel=1e-12)
     assert answer == json.loads(json.dumps(expected.to_dict()))
     assert sum(answer["time"]["by_cause"].values()) == pytest.approx(answer["step_time_s"])
     memory = answer["memory"]
@@ -304,7 +306,7 @@ def test_estimate_of_a_run(cli) -> None:
 
 
 def test_estimate_without_a_price(cli) -> None:
-    line = "estimate llama-3-8b --cluster dgx-b200 --gpus 8 --zero 3 --global-batch-size 8 --tokens 1T"
+    line = "estimate llama-3-8b --cluster dgx-b300 --gpus 8 --zero 3 --global-batch-size 8 --tokens 1T"
     run = cli(f"{line} --json").json["training_run"]
     assert run["usd"] is None
     assert "no price is known" in cli(line).out
@@ -444,7 +446,7 @@ def test_output_keeps_links_and_modes(cli, tmp_path: Path) -> None:
     place.write_text("old")
     place.chmod(0o640)
     link.symlink_to(place)
-    cli("models", "show", "gpt2", "--output", str(link))
+    cli("models", "show", "gpt2", "--output", str(link), "--overwrite")
     assert link.is_symlink()
     assert json.loads(place.read_text())["name"] == "gpt2"
     assert stat.S_IMODE(place.stat().st_mode) == 0o640

@@ -268,7 +268,7 @@ def test_full_disk_leaves_the_old_file(cli, tmp_path: Path, monkeypatch) -> None
     old = tmp_path / "out.json"
     old.write_text("old")
     monkeypatch.setattr(os, "replace", full)
-    refused(cli("models", "show", "gpt2", "--output", str(old)), "No space left on device")
+    refused(cli("models", "show", "gpt2", "--overwrite", "--output", str(old)), "No space left on device")
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"out.json": "old"}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -100,3 +101,23 @@ def test_wrong_input(capsys: pytest.CaptureFixture[str], words: Sequence[str], m
     assert out == ""
     assert message in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("finetune", "llama-7b", "--method", "lora", "--rank", "8"),
+        ("align", "sft", "gpt2", "--method", "lora", *ONE),
+    ],
+)
+def test_a_file_that_exists_is_kept_unless_it_may_be_replaced(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, words: Sequence[str]
+) -> None:
+    place = tmp_path / "answer.json"
+    place.write_text("mine")
+    status, _, err = ask(capsys, *words, "--output", str(place))
+    assert status == 2
+    assert "exists; give another name, or --overwrite" in err
+    assert place.read_text() == "mine"
+    assert ask(capsys, *words, "--output", str(place), "--overwrite")[0] == 0
+    assert json.loads(place.read_text())

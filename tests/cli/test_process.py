@@ -69,6 +69,8 @@ def test_help(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
         "collective",
         "estimate",
         "plan",
+        "export",
+        "sweep",
         "validate runs",
         "validate collectives",
         "calibrate collectives",
@@ -91,9 +93,19 @@ def examples() -> list[str]:
     return [" ".join(line.split()[1:]) for line in docs.splitlines() if line.strip().startswith("simllm ")]
 
 
+#: Files that examples read.
+FILES = {
+    "megatron-args.txt": "--num-layers 32 --hidden-size 4096 --num-attention-heads 32 --vocab-size 32000 --swiglu "
+    "--position-embedding-type rope --seq-length 2048 --micro-batch-size 1 --global-batch-size 512 --bf16",
+    "ds_config.json": '{"train_batch_size": 64, "zero_optimization": {"stage": 3}, "bf16": {"enabled": true}}',
+}
+
+
 @pytest.mark.parametrize("line", examples())
 def test_examples_of_the_help_work(capsys: pytest.CaptureFixture[str], line: str, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
+    for name, content in FILES.items():
+        (tmp_path / name).write_text(content)
     assert main(line.split()) == 0
     assert capsys.readouterr().out
 

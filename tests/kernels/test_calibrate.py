@@ -10,10 +10,12 @@ import msgspec
 import pytest
 
 from simllm.errors import InputError
-from simllm.kernels.calibrate import fit_kernels, write_profiles
-from simllm.kernels.measurements import AttentionRow, MatmulRow, parse_rows, predict
+from simllm.kernels.calibrate import fit_kernels
+from simllm.kernels.measurements import parse_rows, predict
 from simllm.kernels.profile import kernel_folder, load_kernel_profile
+from simllm.kernels.rows import AttentionRow, MatmulRow
 from simllm.kernels.schema import read_kernels
+from simllm.kernels.write import write_profiles
 
 PUBLISHED = Path(__file__).parents[1] / "published"
 
@@ -27,7 +29,7 @@ def table() -> list[dict[str, str]]:
 
 
 TABLE = table()
-MATMULS, ATTENTIONS, SKIPPED = parse_rows(TABLE)
+MATMULS, ATTENTIONS, STREAMS, SKIPPED = parse_rows(TABLE)
 
 
 def errors(rows: list[MatmulRow] | list[AttentionRow]) -> list[float]:
@@ -36,7 +38,7 @@ def errors(rows: list[MatmulRow] | list[AttentionRow]) -> list[float]:
 
 def test_no_row_is_lost() -> None:
     assert len(MATMULS) + len(ATTENTIONS) + len(SKIPPED) == len(TABLE) == 2821
-    assert (len(MATMULS), len(ATTENTIONS), len(SKIPPED)) == (2084, 631, 106)
+    assert (len(MATMULS), len(ATTENTIONS), len(SKIPPED)) == (2084, 661, 76)
     reasons = [row.reason for row in SKIPPED]
     assert sum(reason.startswith("dtype=int8 is not modelled") for reason in reasons) == 48
     assert sum(reason.startswith("op=sparse-MLA attention is not modelled") for reason in reasons) == 12
@@ -118,7 +120,7 @@ def test_attention_error_by_device(
 
 def test_overall_errors() -> None:
     matmul, attention = errors(MATMULS), errors(ATTENTIONS)
-    assert (len(matmul), len(attention)) == (1348, 535)
+    assert (len(matmul), len(attention)) == (1348, 559)
     assert 0.02 < statistics.median(matmul) < 0.04
     assert 0.01 < statistics.median(attention) < 0.03
 
@@ -180,7 +182,7 @@ def test_a_known_curve_is_found_again(tmp_path: Path) -> None:
         for n in (1024, 5120, 12288)
         for k in (1024, 4096, 16384)
     ]
-    parsed, _, _ = parse_rows([{**row, "time_us": 1} for row in rows])
+    parsed, _, _, _ = parse_rows([{**row, "time_us": 1} for row in rows])
     timed = [{**row, "time_us": predict(known) * 1e6} for row, known in zip(rows, parsed, strict=True)]
     for path in kernel_folder().glob("*.yaml"):
         if path.stem not in ("h100-sxm", "h200-sxm") and not path.stem.startswith(("h100", "gh200", "h20", "h800")):
@@ -227,8 +229,8 @@ def test_written_files_read_back_the_same(tmp_path: Path) -> None:
 )
 def test_unusable_rows_say_why(change: dict[str, str], reason: str) -> None:
     row = {"gpu": "h100-sxm", "op": "gemm", "direction": "fwd", "m": "64", "n": "64", "k": "64", "dtype": "bf16"}
-    matmuls, attentions, skipped = parse_rows([{**row, "time_us": "5", **change}])
-    assert (matmuls, attentions) == ([], [])
+    matmuls, attentions, streams, skipped = parse_rows([{**row, "time_us": "5", **change}])
+    assert (matmuls, attentions, streams) == ([], [], [])
     assert reason in skipped[0].reason
 
 
@@ -247,7 +249,7 @@ def test_rates_and_times_are_two_ways_to_say_it() -> None:
         "d": 128,
         "dtype": "bf16",
     }
-    _, (timed,), _ = parse_rows([{**attention, "tflops": 1000, "library": "SimuMax", "notes": "v_head_dim=64"}])
+    _, (timed,), _, _ = parse_rows([{**attention, "tflops": 1000, "library": "SimuMax", "notes": "v_head_dim=64"}])
     assert timed.time_s == pytest.approx(2.5 * 2 * 4096**2 * 16 * (128 + 64) / 1e15)
     assert (timed.work_fraction, timed.kv_heads, timed.v_head_dim) == (0.5, 16, 64)
 

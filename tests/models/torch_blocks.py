@@ -17,11 +17,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from simllm.models.graph import Implementation
 from simllm.models.spec import AttentionSpec, BlockSpec, MLPSpec, MoESpec, NormSpec
+from simllm.validation.execution.recorder import saved_bytes_of
 
 __all__ = ["Block", "record_saved_bytes"]
 
@@ -30,29 +30,9 @@ Function = Callable[..., Tensor]
 torch.set_num_threads(1)  # the shapes are tiny: more threads only wait for each other
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's part of a distributed tensor, and what a collective that was not waited for will hold."""
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return getattr(local, "elem", local)
-
-
 def record_saved_bytes(forward: Callable[[], Any], module: nn.Module, lent: Iterable[Tensor] = ()) -> int:
     """Bytes that autograd keeps of ``forward()``, by the rules above."""
-    outside = {_local(t).untyped_storage()._cdata for t in (*module.parameters(), *module.buffers(), *lent)}
-    storages: dict[int, int] = {}
-    alive: list[Any] = []  # a freed storage's address could be given to the next one
-
-    def pack(tensor: Tensor) -> Tensor:
-        local = _local(tensor)
-        storage = local.untyped_storage()
-        alive.append(local)
-        if storage._cdata not in outside:
-            storages[storage._cdata] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        alive.append(forward())
-    return sum(storages.values())
+    return saved_bytes_of(forward, (*module.parameters(), *module.buffers(), *lent))
 
 
 # -- operators -------------------------------------------------------------------------------------------------

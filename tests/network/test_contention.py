@@ -111,3 +111,36 @@ def test_bad_calls() -> None:
         concurrent_times(load_cluster("tpu-v5e-pod", 16), [])
     with pytest.raises(UnsupportedError, match="nobody measured kernels beside collectives over ici"):
         overlap_slowdown(load_cluster("tpu-v5e-pod", 16))
+
+
+# -- groups of a plan --------------------------------------------------------------------------------------------------
+
+
+def test_a_price_takes_the_sister_groups_of_a_plan_into_account() -> None:
+    """Eight strided groups of nodes with four NICs: the closed form and the fluid on the graph share them alike."""
+    cluster = load_cluster("abci-a", 32)
+    assert cluster.nics_per_node == 4
+    calls = [Call(operation="all_gather", size_bytes=2.0**32, ranks=tuple(range(i, 32, 8))) for i in range(8)]
+    together = concurrent_times(cluster, calls)
+    alone = concurrent_times(cluster, calls[:1])[0]
+    default = price("all_gather", 2.0**32, cluster, Group(size=4, stride=8))
+    assert together == pytest.approx([default.time_s] * 8, rel=0.02)
+    assert price("all_gather", 2.0**32, cluster, Group(size=4, stride=8, concurrent=8)) == default
+    single = price("all_gather", 2.0**32, cluster, Group(size=4, stride=8, concurrent=1))
+    # Alone a GPU has the whole NIC that it otherwise shares with a neighbour.
+    assert single.bottleneck_bandwidth == 2 * default.bottleneck_bandwidth
+    assert alone == pytest.approx(single.time_s, rel=0.02)
+
+
+def test_more_groups_at_once_are_never_faster() -> None:
+    cluster = load_cluster("abci-a", 32)
+    times = [price("all_reduce", 1e8, cluster, Group(size=4, stride=8, concurrent=k)).time_s for k in range(1, 9)]
+    assert times == sorted(times)
+    assert times[-1] > 1.5 * times[0]
+
+
+def test_more_concurrent_groups_than_gpus_are_refused() -> None:
+    with pytest.raises(InputError, match="9 concurrent groups with 1 members in each domain need 9 GPUs"):
+        price("all_reduce", 1e8, load_cluster("abci-a", 32), Group(size=4, stride=8, concurrent=9))
+    with pytest.raises(InputError, match="concurrent=0 must be a whole number"):
+        Group(size=4, concurrent=0)

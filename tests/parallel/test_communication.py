@@ -71,11 +71,25 @@ def test_embedding_and_head() -> None:
         ("reduce_scatter", "forward", size),
         ("all_gather", "backward", size),
     ]
-    assert [(c.op, c.phase) for c in block_collectives(graph.head, layout, IMPL)] == [
+    head = block_collectives(graph.head, layout, IMPL)
+    assert [(c.op, c.phase) for c in head] == [
         ("all_gather", "forward"),
         ("all_gather", "backward"),
         ("reduce_scatter", "backward"),
+        ("all_reduce", "forward"),
     ]
+    # The loss over split logits: maximum, sum of exponentials and the label's logit of each token, in float32.
+    assert (head[-1].count, head[-1].size_bytes) == (3, 8192 * 4)
+
+
+def test_the_shared_part_of_a_latent_key() -> None:
+    """Its 64 columns are used by every head: gathered with sequence parallelism, the gradient reduced either way."""
+    layer = Model.load("deepseek-v3").graph.layers[0]
+    for sequence_parallel, ops in ((True, ["all_gather", "all_gather", "reduce_scatter"]), (False, ["all_reduce"])):
+        layout = Layout(seq_len=2048, tp=8, sequence_parallel=sequence_parallel)
+        found = [c for c in block_collectives(layer, layout, IMPL) if c.operator == "rope"]
+        assert [c.op for c in found] == ops
+        assert {c.size_bytes for c in found} == {2048 * 64 * 2}
 
 
 def test_experts_exchange_tokens_twice_each_way() -> None:

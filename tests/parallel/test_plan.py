@@ -24,7 +24,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"dp": 16, "global_batch_size": 1024, "micro_batch_size": 3}, "micro_batch_size=3 does not divide"),
     ({"dp": 16, "global_batch_size": 1000}, "dp=16 does not divide the global batch"),
     ({"vpp": 2}, "needs a pipeline"),
-    ({"pp": 2, "vpp": 2, "global_batch_size": 2}, "the interleaved schedule needs vpp above 1"),
+    ({"pp": 2, "vpp": 2, "global_batch_size": 2}, "schedule=1f1b with vpp=2: it needs vpp=1"),
     ({"pp": 4, "vpp": 2, "schedule": "interleaved", "global_batch_size": 6}, "pp=4 divides"),
     ({"sequence_parallel": True}, "sequence_parallel needs tp above 1"),
     ({"ep": 4}, "ep=4 x etp=1 does not divide the 1 ranks"),

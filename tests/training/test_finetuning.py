@@ -9,14 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simllm import Cluster, Model, Plan, Recompute, Training, estimate
-from simllm.errors import InputError
+from simllm.errors import InputError, UnsupportedError
 from simllm.models.finetuning import method_named
 from simllm.models.finetuning.alignment import Frozen, ValueHead
 from simllm.models.graph import Implementation, Layout
 from simllm.parallel.communication import block_collectives
+from simllm.parallel.offload import Offload
 from simllm.parallel.stages import block_frozen_bytes, block_weights
 from simllm.training.alignment import align
 from simllm.training.generation import generate
+from simllm.training.offload import HostWork
 from simllm.training.step import Step
 
 MODEL = Model.load("llama-2-7b")
@@ -67,6 +69,27 @@ def test_paged_states_are_on_the_host_and_cross_its_link() -> None:
     assert link is not None
     extra = paged.time.by_cause["optimizer"] - plain.time.by_cause["optimizer"]
     assert extra == pytest.approx(2 * moments / link, rel=0.01)
+
+
+@pytest.mark.parametrize(("method", "options"), [("qlora", {"paged": True}), ("galore", {})])
+def test_an_optimizer_that_stays_on_the_device_is_not_offloaded(method: str, options: dict[str, bool]) -> None:
+    plan = replace(SINGLE, offload=Offload.parse("optimizer"))
+    with pytest.raises(UnsupportedError, match="offload=optimizer: an optimizer with paged states or projected"):
+        estimate(MODEL.finetuned(method, **options), Cluster.load("dgx-h100", 1), plan, RUN)
+
+
+def test_frozen_weights_are_fetched_from_the_host_with_the_others() -> None:
+    plan, cluster = Plan(dp=8, zero="3", global_batch_size=8), Cluster.load("dgx-h100", 8)
+    away = replace(plan, offload=Offload.parse("parameters"))
+    tuned = MODEL.finetuned("lora", rank=8)
+    step = Step(tuned, cluster, away, RUN)
+    (stage,) = step.stages
+    link = HostWork(step).states_traffic_s(stage)[0]
+    assert cluster.host is not None
+    frozen, trained = 2 * MODEL.parameters.total, tuned.trainable_parameters
+    assert link == pytest.approx((frozen + step.states.gathered * trained) / 8 / cluster.host.link_of(8))
+    here = estimate(tuned, cluster, plan, RUN).peak_stage.by_kind["parameters"]
+    assert step.memory()[0].host["parameters"] == here > frozen / 8
 
 
 def test_galore_projects_gradients_down_and_updates_back() -> None:

@@ -339,7 +339,7 @@ class TestPlan:
         assert str(plan_of(row_of(good, framework="MaxText (JAX/XLA)", recompute="selective")).recompute) == "full"
         assert plan_of(row_of(good, recompute="selective")).recompute.kind == "selective"
         titan = plan_of(row_of(good, framework="torchtitan", recompute="selective")).recompute
-        assert titan.operators == ("mixer_norm", "qkv", "rope", "o", "mlp_norm", "act")
+        assert titan.operators == ("mixer_norm", "k", "rope", "o", "mlp_norm", "up", "act")
 
     def test_experts_follow_the_tensor_parallel_ranks_where_the_framework_does_that(self, good):
         cells = {**MOE, "ep": "4"}
@@ -365,7 +365,7 @@ class TestPlan:
             ({"grad_accum": "7"}, "contradicts global_batch_seqs=64"),
             ({"grad_accum": "", "micro_batch": "3"}, "micro_batch_size=3 does not divide"),
             ({"grad_accum": "", "global_batch_seqs": ""}, "global_batch_seqs is not stated"),
-            ({"pipeline_schedule": "zb-2p"}, "pipeline schedule zb-2p is not modelled"),
+            ({"pipeline_schedule": "zb-3p"}, "pipeline schedule zb-3p is not modelled"),
             ({"pipeline_schedule": "1f1b", "pp": "4", "vp": "2", "dp": "2", "grad_accum": "32"}, "contradicts vp=2"),
             (
                 {"pipeline_schedule": "interleaved", "pp": "4", "vp": "", "dp": "2", "grad_accum": "32"},

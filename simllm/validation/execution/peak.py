@@ -1,0 +1,131 @@
+"""Peak memory of a rank: a walk backward through the operators of a block, tensor by tensor.
+
+While a block goes backward its kept tensors disappear one after the other, and gradients take their place. The walk
+follows autograd: an operator's gradients of inputs and weights exist together with those of its outputs, and what an
+operator kept is freed after it. The engine's closed form (`simllm.parallel.memory`) is the coarser one: states, kept
+tensors and the widest operator.
+"""
+
+from __future__ import annotations
+
+from simllm.models.activations import kept_tensors
+from simllm.models.graph import Graph, Implementation, Layout, Operator, Tensor
+from simllm.models.operators import Attention, Combine, Loss, Norm, Projection, Residual, Rope
+
+__all__ = ["backward_peak", "loss_workspace"]
+
+
+class _Walk:
+    def __init__(
+        self, graph: Graph, layout: Layout, impl: Implementation, gradient_bytes: int, keeps_gradients: bool
+    ) -> None:
+        self.graph, self.layout, self.impl = graph, layout, impl
+        self.gradient_bytes, self.keeps_gradients = gradient_bytes, keeps_gradients
+        kept = kept_tensors(graph, impl)
+        self.kept = {name: self._size(tensor) for name, (tensor, _) in kept.items()}
+        self.users = {
+            name: {op.name for op in graph.operators for t in op.saved(impl) if self._key(t) == name} for name in kept
+        }
+        self.alive: dict[str, float] = {}
+
+    @staticmethod
+    def _key(tensor: Tensor) -> str:
+        return f"{tensor.name}, gathered" if tensor.gathered else tensor.name
+
+    def _size(self, tensor: Tensor) -> float:
+        return self.layout.elements(tensor) * self.impl.bytes_of(tensor)
+
+    def _gradient(self, operator: Operator, tensor: Tensor) -> float:
+        """Bytes of a gradient where an operator reads or writes the tensor: products have all tokens."""
+        if tensor.dtype in ("index", "mask"):
+            return 0.0
+        split = self.layout.elements(tensor)
+        touching = (*operator.inputs, *operator.outputs)
+        if isinstance(operator, Projection) and any(t.tp_sharded for t in touching) and self.layout.sequence_parallel:
+            split = self.layout.tokens(tensor, gathered=True) * self.layout.width(tensor.axes)
+        return split * (self.impl.bytes_of(tensor) if tensor.dtype != "logits" else self.impl.activation_bytes)
+
+    def run(self) -> float:
+        """Most bytes at once of what the block kept and its gradients."""
+        stream = self._size(self.graph.output)
+        left = sum(self.kept.values())
+        weights = 0.0
+        peak = left + stream
+        waiting: dict[str, float] = {}
+        for operator in reversed(self.graph.operators):
+            if isinstance(operator, Residual | Loss):
+                continue  # hands the gradient of the stream on
+            outs = sum(
+                waiting.pop(
+                    t.name,
+                    0.0 if self._is_branch(t) and not self.layout.sequence_parallel else self._gradient(operator, t),
+                )
+                for t in operator.outputs
+            )
+            ins = {t.name: self._gradient(operator, t) for t in operator.inputs}
+            own = self._weight_gradients(operator)
+            one = max(own, default=0.0)
+            extra = self._extra(operator) + (max(ins.values(), default=0.0) if len(own) > 1 else 0.0)
+            peak = max(peak, left + stream + weights + sum(waiting.values()) + outs + sum(ins.values()) + one + extra)
+            if self.keeps_gradients:
+                weights += sum(own)
+            for name, users in self.users.items():
+                if operator.name in users:
+                    users.discard(operator.name)
+                    if not users:
+                        left -= self.kept[name]
+            for name, size in ins.items():
+                if name != self.graph.input.name and not self._is_stream(name):
+                    waiting[name] = size
+        return peak
+
+    def _is_branch(self, tensor: Tensor) -> bool:
+        """A result that is added to the stream: its gradient is that of the stream."""
+        return any(isinstance(op, Residual) and tensor in op.inputs for op in self.graph.operators)
+
+    def _is_stream(self, name: str) -> bool:
+        return any(isinstance(op, Residual) and name in {t.name for t in op.outputs} for op in self.graph.operators)
+
+    def _weight_gradients(self, operator: Operator) -> list[float]:
+        return [self.layout.weight_elements(w) * self.gradient_bytes for w in operator.weights if len(w.axes) > 1]
+
+    def _extra(self, operator: Operator) -> float:
+        """Temporaries of chains of single operators, beside the gradients of inputs and outputs."""
+        elements = self.layout.elements
+        if isinstance(operator, Norm) and operator.kind == "rmsnorm" and self.impl.norm == "eager":
+            return 2 * 4 * elements(operator.inputs[0])
+        if isinstance(operator, Attention) and self.impl.attention == "unfused":
+            softmax = next(t for t in operator.saved(self.impl) if t.name.endswith(".softmax"))
+            return 8.0 * elements(softmax)
+        if isinstance(operator, Rope):
+            return max(self._size(t) for t in operator.inputs)
+        if isinstance(operator, Combine):
+            return 4.0 * elements(operator.inputs[0])
+        return 0.0
+
+
+def backward_peak(
+    graph: Graph, layout: Layout, impl: Implementation, gradient_bytes: int, keeps_gradients: bool
+) -> float:
+    """Most bytes at once while a block goes backward: what it kept, and gradients of tensors and weights.
+
+    Parameters
+    ----------
+    graph : Graph
+    layout : Layout
+    impl : Implementation
+    gradient_bytes : int
+        Of an element of a weight's gradient as autograd makes it.
+    keeps_gradients : bool
+        Gradients of whole weights stay until the block is through (FSDP2); otherwise each is added to a buffer.
+    """
+    return _Walk(graph, layout, impl, gradient_bytes, keeps_gradients).run()
+
+
+def loss_workspace(head: Graph, layout: Layout, split: bool) -> float:
+    """Bytes beside what the head kept when the loss goes backward, the widest moment of cross-entropy in float32.
+
+    The gradient of the log-probabilities and that of the logits; one more where the vocabulary is split over ranks.
+    """
+    logits = next(t for op in head.operators for t in op.inputs if t.dtype == "logits")
+    return (3 if split else 2) * 4.0 * layout.elements(logits)

@@ -84,3 +84,14 @@ def test_what_comes_nearest_when_nothing_fits() -> None:
     assert found.best is None
     assert found.answer is not None
     assert not found.answer.fits
+
+
+def test_what_cannot_be_offloaded_is_not_proposed() -> None:
+    # Nothing fits 70B on one GPU; the states of GaLore stay on the device, those of LoRA may leave it.
+    large, one = Model.load("llama-2-70b"), Cluster.load("dgx-h100", 1)
+    words = {
+        method: [change for change, _ in plan(large.finetuned(method), one, RUN, global_batch_size=1).changes]
+        for method in ("galore", "lora")
+    }
+    assert not any("offload=optimizer" in change for change in words["galore"])
+    assert any("offload=optimizer" in change for change in words["lora"])

@@ -71,6 +71,7 @@ _MEMORY = {
     ),
     "working": ("largest tensors alive at the peak beyond those kept", "fold over the graph"),
     "gathered": ("parameters of the blocks that are gathered at a time", "software stack profile"),
+    "buffers": ("buckets that gradients and parameters are communicated from", "software stack profile"),
     "context": ("CUDA context, libraries and buffers of the communication library", "software stack profile"),
 }
 

@@ -69,8 +69,9 @@ def _answer(cell: Mapping[str, Any]) -> dict[str, Any]:
     )
     counts = {"searched": search.searched, "feasible": search.feasible}
     if not search.plans:
-        reasons = sorted(search.rejected.items(), key=lambda item: -item[1])
-        return {"status": NOTHING_FITS, "reason": reasons[0][0] if reasons else None} | counts
+        # What ran out of memory came furthest; other combinations were never a plan.
+        reasons = sorted(search.rejected, key=lambda name: ("out of memory" not in name, -search.rejected[name]))
+        return {"status": NOTHING_FITS, "reason": reasons[0] if reasons else None} | counts
     return {"status": ANSWERED, "reason": None} | counts | _row(search.plans[0])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,6 @@ __all__ = ["plan_from_dict", "same_model", "setup_dict"]
 _LABELS = ("name", "family", "model_type", "context_length", "tokenizer", "notes")
 #: What the plain data of a plan says besides its fields.
 _DERIVED = ("num_micro_batches",)
-#: Fields of a plan that its plain data says in words.
-_READ: Mapping[str, Callable[[str], Any]] = {"recompute": Recompute.parse, "offload": Offload.parse}
 
 
 def same_model(one: ModelSpec, other: ModelSpec) -> bool:
@@ -81,7 +79,11 @@ def plan_from_dict(data: Mapping[str, Any]) -> Plan:
     values = {name: value for name, value in data.items() if name in names}
     defaults = asdict(Plan())
     for name, value in values.items():
-        expected = str if name in _READ else type(defaults[name])
+        expected = str if name in ("recompute", "offload") else type(defaults[name])
         if defaults[name] is not None and type(value) is not expected:
             raise InputError(f"{name}={value!r} of the plan must be of the kind of {defaults[name]!r}")
-    return Plan(**values | {name: read(values[name]) for name, read in _READ.items() if name in values})
+    if "recompute" in values:
+        values["recompute"] = Recompute.parse(values["recompute"])
+    if "offload" in values:
+        values["offload"] = Offload.parse(values["offload"])
+    return Plan(**values)

@@ -41,7 +41,7 @@ def test_json_keys(cli) -> None:
     assert found["pareto"][0]["step_time_s"] == pytest.approx(found["plans"][0]["step_time_s"], rel=1e-9)
     first = found["pareto"][0]
     assert first["usd_per_step"] == pytest.approx(first["step_time_s"] * 16 * 3.90 / 3600)
-    own = cli(f"{QUESTION} --json --price 2").json["pareto"][0]
+    own = cli(f"{QUESTION} --json --tokens 1B --price 2").json["pareto"][0]
     assert own["usd_per_step"] == pytest.approx(own["step_time_s"] * 16 * 2 / 3600)
 
 

@@ -62,7 +62,7 @@ def test_a_borrowing_file_replaces_single_entries() -> None:
     assert h200.attention["flash3"].backward == h100.attention["flash3"].backward
     assert h200.attention["cudnn"] == h100.attention["cudnn"]
     capped = load_kernel_profile("h100-sxm-96gb-hbm2e")
-    assert (capped.sustained["bf16"], h100.sustained["bf16"]) == (0.75, 0.85)
+    assert capped.sustained["bf16"] < h100.sustained["bf16"] == h200.sustained["bf16"]
     assert capped.matmul == h100.matmul
 
 

@@ -77,7 +77,7 @@ def test_a_weight_gradient_quantises_nothing_again(model: Model) -> None:
     per_byte = kernels.accelerator.memory_bandwidth * kernels.matmul_entry("fp8").memory.si("fraction")
     # Read 2 bytes, write the two copies of 1 byte: 4 bytes an element of the input and of the output's gradient.
     assert casts == pytest.approx(4 * product.m * (product.k + product.n) / per_byte)
-    total = sum(part.matmul for part in step.engine.operator_backward(operator, step.layout))
+    total = sum(cost.matmul for cost in step.engine.operator_backward(operator, step.layout))
     assert total == pytest.approx(
         kernels.matmul(gradient.m, gradient.n, gradient.k, "fp8")
         + kernels.matmul(weight.m, weight.n, weight.k, "fp8", 1, "none")

@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from simllm.models.activations import Recompute
     from simllm.network import Group, price
     from simllm.parallel import Plan
-    from simllm.planner import plan
+    from simllm.planner import compare_methods, finetune, plan
     from simllm.sweeps import sweep
     from simllm.training import Estimate, Training, estimate
+    from simllm.training.alignment import align
 
 __version__ = "0.1.0"
 
@@ -28,7 +29,10 @@ _HOME = {
     "Plan": "simllm.parallel",
     "Recompute": "simllm.models.activations",
     "Training": "simllm.training",
+    "align": "simllm.training.alignment",
+    "compare_methods": "simllm.planner",
     "estimate": "simllm.training",
+    "finetune": "simllm.planner",
     "plan": "simllm.planner",
     "price": "simllm.network",
     "sweep": "simllm.sweeps",
@@ -42,7 +46,10 @@ __all__ = [
     "Plan",
     "Recompute",
     "Training",
+    "align",
+    "compare_methods",
     "estimate",
+    "finetune",
     "plan",
     "price",
     "sweep",

@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from simllm.cli import calibrate, collective, estimate, export, hardware, models, plan, sweep, validate
+from simllm.cli import align, calibrate, collective, estimate, export, finetune, hardware, models, plan, sweep, validate
 from simllm.cli.output import ReaderGoneError, remember_command
 from simllm.errors import InputError, unknown_name
 
@@ -63,6 +63,8 @@ def _build() -> Any:
     app.command("collective")(collective.collective)
     app.command("estimate")(estimate.estimate)
     app.command("plan")(plan.plan)
+    app.command("finetune")(finetune.finetune)
+    app.command("align")(align.align)
     app.command("export")(export.export)
     app.command("sweep")(sweep.sweep)
     return get_command(app)

@@ -236,13 +236,13 @@ def optional_tokens(text: str | None) -> int | None:
 def optional_operation(
     tokens: int | None,
     price: str | None,
-    mtbf: str | None,
-    restart: str | None,
-    storage_bandwidth: str | None,
-    checkpoint_interval: str | None,
-    node_power: str | None,
-    pue: str | None,
-    grid_intensity: str | None,
+    mtbf: str | None = None,
+    restart: str | None = None,
+    storage_bandwidth: str | None = None,
+    checkpoint_interval: str | None = None,
+    node_power: str | None = None,
+    pue: str | None = None,
+    grid_intensity: str | None = None,
 ) -> Operation:
     """How the cluster is operated, as far as it was said; without a run such options would do nothing."""
     from simllm.training.operation import Operation

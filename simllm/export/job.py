@@ -121,6 +121,7 @@ class _Setup(msgspec.Struct, frozen=True, kw_only=True):
     gpus_per_node: int
     hsdp_shard: int
     optimizer: str
+    method: str | None = None
     master_weights: bool | None
     gradient_precision: Literal["fp32", "bf16"] | None
     memory_headroom: float
@@ -153,6 +154,10 @@ class Job:
     training: Training
     gpus_per_node: int
     config: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.model.method is not None:
+            _refuse_method(self.model.method.name, self.model.name)
 
     @classmethod
     def of(cls, answer: Estimate) -> Job:
@@ -197,6 +202,8 @@ class Job:
         except msgspec.ValidationError as error:
             raise InputError(f"not the JSON of simllm estimate or simllm plan: {error}; write it with --json") from None
         setup = answer.setup
+        if setup.method is not None:
+            _refuse_method(setup.method, answer.model)
         if model is None and setup.model is None:
             raise InputError(f"the document does not hold the config of {answer.model}; give --model")
         if model is None:
@@ -259,6 +266,13 @@ class Job:
         if name in stacks:
             return ()
         return (f"the plan was priced for {name}; price it again with --stack {stacks[0]} before trusting its figures",)
+
+
+def _refuse_method(method: str, model: str) -> NoReturn:
+    raise UnsupportedError(
+        f"{model} fine-tuned with {method} cannot be exported: the frameworks' files hold a plan of pre-training, and "
+        "what is frozen or added is not in it; export a plan of the model itself"
+    )
 
 
 def refuse(framework: str, what: str, why: str) -> NoReturn:

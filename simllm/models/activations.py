@@ -97,6 +97,8 @@ def recomputed_operators(graph: Graph, policy: Recompute, impl: Implementation) 
 
     A flash kernel recomputes its scores by itself: ``selective`` then changes nothing.
     """
+    if not any(graph.runs_backward(operator) for operator in graph.operators):
+        return ()
     if policy.kind == "full":
         return graph.operators
     if policy.kind == "selective":
@@ -139,7 +141,7 @@ def kept_tensors(graph: Graph, impl: Implementation, policy: Recompute = NONE) -
         if operator.name in inside:
             needed = tuple(tensor for tensor in operator.inputs if tensor.name not in produced)
         else:
-            needed = operator.saved(impl)
+            needed = operator.saved(impl) if graph.runs_backward(operator) else ()
         for tensor in needed:
             dropped = policy.kind == "list" and tensor.name in produced
             if dropped:

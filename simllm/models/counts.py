@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from math import prod
 
 from simllm.models.graph import Graph, Implementation, Layout, ModelGraph, Operator, Weight
-from simllm.models.operators import Attention
+from simllm.models.operators import Attention, GroupedProjection
 
 __all__ = [
     "FlopCounts",
     "ParameterCounts",
+    "backward_flops",
     "count_flops",
     "count_parameters",
+    "count_trainable",
     "kv_cache_bytes_per_token",
     "operator_flops",
 ]
@@ -54,8 +56,13 @@ class ParameterCounts:
 def _weights(graph: ModelGraph) -> Iterator[tuple[Weight, int]]:
     for part, times in graph.parts:
         for weight in part.weights:
-            if not weight.tied:
+            if weight.counted and not weight.tied:
                 yield weight, times
+
+
+def count_trainable(graph: ModelGraph) -> int:
+    """Parameters that have a gradient."""
+    return sum(weight.elements * times for weight, times in _weights(graph) if weight.trained)
 
 
 def count_parameters(graph: ModelGraph) -> ParameterCounts:
@@ -114,7 +121,7 @@ class FlopCounts:
     forward_masked : int
         Only the pairs that the mask keeps.
     training_full_attention, training_masked : int
-        Forward and backward, which is twice the forward; no recomputation.
+        Forward and backward, which is twice the forward where everything is trained; no recomputation.
     by_component : dict of str to int
         Masked forward FLOPs; adds up to ``forward_masked``.
     """
@@ -132,8 +139,26 @@ def operator_flops(operator: Operator, layout: Layout) -> tuple[int, int]:
     return sum(item.flops for item in work), sum(item.masked_flops for item in work)
 
 
-def _graph_flops(graphs: Iterable[tuple[Graph, int]], layout: Layout) -> tuple[int, dict[str, int]]:
-    full = 0
+def backward_flops(graph: Graph, operator: Operator, layout: Layout) -> tuple[int, int]:
+    """FLOPs of the gradients that the backward pass asks of an operator: over full attention, and masked.
+
+    Twice the forward pass where everything is trained (arXiv:2104.04473, appendix).
+    """
+    impl, through = Implementation(), graph.needs_input_gradient(operator)
+    work = operator.backward_input(layout, impl) if through else ()
+    if isinstance(operator, GroupedProjection):
+        # Its weight gradients are priced with a whole number of rows an expert; the FLOPs are those of all rows.
+        matrices = [weight for weight in operator.weights if len(weight.axes) > 2]
+        share = sum(w.elements for w in matrices if w.trained), sum(w.elements for w in matrices)
+        product = operator_flops(operator, layout)[0]
+        whole = product * through + product * share[0] // share[1]
+        return whole, whole
+    work += operator.backward_weight(layout, impl)
+    return sum(item.flops for item in work), sum(item.masked_flops for item in work)
+
+
+def _graph_flops(graphs: Iterable[tuple[Graph, int]], layout: Layout) -> tuple[int, dict[str, int], int, int]:
+    full = back_full = back_masked = 0
     masked: dict[str, int] = {}
     for graph, times in graphs:
         for operator in graph.operators:
@@ -142,14 +167,17 @@ def _graph_flops(graphs: Iterable[tuple[Graph, int]], layout: Layout) -> tuple[i
                 name = "attention_scores" if isinstance(operator, Attention) else operator.component
                 full += whole * times
                 masked[name] = masked.get(name, 0) + kept * times
-    return full, masked
+                back_whole, back_kept = backward_flops(graph, operator, layout)
+                back_full += back_whole * times
+                back_masked += back_kept * times
+    return full, masked, back_full, back_masked
 
 
 def count_flops(graph: ModelGraph, layout: Layout) -> FlopCounts:
     """FLOPs of one micro-batch: every operator's forward work, added up.
 
     Logits are computed for all positions. The backward pass of a matrix product is two products of the same size
-    (arXiv:2104.04473, appendix).
+    (arXiv:2104.04473, appendix), of one with frozen weights one product, or none before the first trained weight.
 
     Parameters
     ----------
@@ -161,13 +189,13 @@ def count_flops(graph: ModelGraph, layout: Layout) -> FlopCounts:
     -------
     FlopCounts
     """
-    full, masked = _graph_flops(graph.parts, layout)
+    full, masked, back_full, back_masked = _graph_flops(graph.parts, layout)
     total = sum(masked.values())
     return FlopCounts(
         forward_full_attention=full,
         forward_masked=total,
-        training_full_attention=3 * full,
-        training_masked=3 * total,
+        training_full_attention=full + back_full,
+        training_masked=total + back_masked,
         by_component=masked,
     )
 

@@ -23,6 +23,7 @@ __all__ = [
     "Layout",
     "ModelGraph",
     "Operator",
+    "Storage",
     "Tensor",
     "Weight",
 ]
@@ -41,11 +42,13 @@ AxisName = Literal[
     "inner",  # the channels of a state-space mixer
     "vocab",
     "experts",
+    "virtual",  # learned tokens beside those of the sequence; `size` of them in every sequence
+    "learned",  # learned tokens before they are copied to every sequence
     "fixed",  # never sharded
 ]
 _TP_AXES = frozenset({"heads", "kv_heads", "ffn", "vocab", "inner"})
 _FIXED_BYTES = {"float32": 4, "mask": 1, "index": 8}
-_TOKEN_AXES = frozenset({"tokens", "source_tokens", "routed"})
+_TOKEN_AXES = frozenset({"tokens", "source_tokens", "routed", "virtual", "learned"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +84,46 @@ class Tensor:
         return any(axis.name in _TP_AXES for axis in self.axes)
 
 
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """How a frozen weight is kept when not in the compute precision: quantised in blocks, expanded at every use.
+
+    Attributes
+    ----------
+    name : str
+    bits : int
+        Of one element.
+    block : int
+        Consecutive elements that share a scale.
+    scale_bytes : float
+        Of one scale.
+    scales_block : int
+        Scales that are themselves quantised together, with a second scale of four bytes; 0: they are not.
+    table_bytes : int
+        Beside each weight: the values that the codes stand for.
+    """
+
+    name: str
+    bits: int
+    block: int
+    scale_bytes: float
+    scales_block: int = 0
+    table_bytes: int = 0
+
+    def bytes(self, elements: int) -> float:
+        """Bytes of a weight with so many elements.
+
+        >>> Storage("nf4", 4, 64, 4.0).bytes(128)
+        72.0
+        """
+        scales = -(-elements // self.block)
+        second = 4 * -(-scales // self.scales_block) if self.scales_block else 0
+        return -(-elements * self.bits // 8) + scales * self.scale_bytes + second + self.table_bytes
+
+
 @dataclass(frozen=True)
 class Weight:
-    """A trained array. ``active``: the fraction (used, stored) that one token passes through."""
+    """An array of the model. ``active``: the fraction (used, stored) that one token passes through."""
 
     name: str
     axes: tuple[Axis, ...]
@@ -93,6 +133,16 @@ class Weight:
     tied: bool = False
     #: Tied to a weight that every rank with this one holds in any case, so that no rank needs a copy for it.
     beside: bool = False
+    #: Whether it has a gradient, and with it optimizer states.
+    trained: bool = True
+    #: How it is kept while frozen; None: in the precision that it computes with.
+    storage: Storage | None = None
+    #: Rank of the projection of its gradient that the optimizer's moments are kept of (GaLore); 0: of the gradient.
+    moment_rank: int = 0
+    #: Its optimizer states are in pages of the host's memory, and cross the link to the host for every update.
+    paged: bool = False
+    #: False: a constant that takes memory and work, but is not a parameter (VeRA's random matrices).
+    counted: bool = True
 
     @cached_property
     def is_expert(self) -> bool:
@@ -183,6 +233,9 @@ class Layout:
         Tokens of the bidirectional prefix, for prefix decoders.
     vocab_multiple : int
         The vocabulary on each rank is padded to a multiple of this.
+    cached : int
+        Tokens of every sequence whose keys and values are in a cache: generation asks about ``seq_len`` tokens after
+        them.
     """
 
     batch: int = 1
@@ -195,6 +248,7 @@ class Layout:
     sequence_parallel: bool = False
     prefix_len: int = 0
     vocab_multiple: int = 1
+    cached: int = 0
 
     _DEGREE: ClassVar[dict[str, str]] = {
         "heads": "tp",
@@ -224,9 +278,11 @@ class Layout:
             # Each rank sends and, with balanced routing, receives this many; expert-tensor ranks share their tokens.
             return tokens // (self.tp if self.sequence_parallel else 1) * self.etp
         if name == "keys":
-            return self.seq_len
+            return self.seq_len + self.cached
         if name == "source_keys":
             return self.encoder_len
+        if name == "virtual":
+            return axis.size * self.batch
         attribute = self._DEGREE.get(name)
         if attribute is None:
             return axis.size
@@ -307,11 +363,33 @@ class Graph:
     output: Tensor
     lends: tuple[Tensor, ...] = ()
     borrows: frozenset[str] = frozenset()
+    #: Tensors from outside that nothing trained went into: no gradient is asked of them.
+    frozen_inputs: frozenset[str] = frozenset()
 
     @cached_property
     def weights(self) -> tuple[Weight, ...]:
         """Every weight of the block."""
         return tuple(weight for operator in self.operators for weight in operator.weights)
+
+    @cached_property
+    def differentiated(self) -> frozenset[str]:
+        """Names of the tensors that something trained went into: the backward pass asks for their gradient."""
+        produced = {tensor.name for operator in self.operators for tensor in operator.outputs}
+        found: set[str] = set()
+        for operator in self.operators:
+            outside = (t for t in operator.inputs if t.name not in produced and t.dtype != "index")
+            found.update(t.name for t in outside if t.name not in self.frozen_inputs)
+            if any(w.trained for w in operator.weights) or any(t.name in found for t in operator.inputs):
+                found.update(tensor.name for tensor in operator.outputs)
+        return frozenset(found)
+
+    def needs_input_gradient(self, operator: Operator) -> bool:
+        """Whether the backward pass goes through an operator to what came before it."""
+        return any(tensor.name in self.differentiated for tensor in operator.inputs)
+
+    def runs_backward(self, operator: Operator) -> bool:
+        """Whether the backward pass has anything to do at an operator."""
+        return any(weight.trained for weight in operator.weights) or self.needs_input_gradient(operator)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -332,6 +410,8 @@ class ModelGraph:
     last_layers, last_extras : tuple of Graph
         What stands beside the head without being one of the layers that are dealt out to pipeline ranks: the layers
         of multi-token prediction, and what is around them.
+    virtual_tokens : int
+        Learned tokens in front of every sequence, which all layers see.
     """
 
     stem: Graph
@@ -340,6 +420,7 @@ class ModelGraph:
     bridges: tuple[tuple[int, Graph], ...] = field(default=())
     last_layers: tuple[Graph, ...] = field(default=())
     last_extras: tuple[Graph, ...] = field(default=())
+    virtual_tokens: int = 0
 
     @cached_property
     def parts(self) -> tuple[tuple[Graph, int], ...]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from simllm.errors import InputError
 from simllm.models.build import build_graph
 from simllm.models.components import components
 from simllm.models.counts import (
@@ -15,10 +16,14 @@ from simllm.models.counts import (
     ParameterCounts,
     count_flops,
     count_parameters,
+    count_trainable,
     kv_cache_bytes_per_token,
 )
 from simllm.models.graph import Layout, ModelGraph
 from simllm.models.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from simllm.models.finetuning import Method
 
 __all__ = ["Model"]
 
@@ -32,6 +37,8 @@ class Model:
     spec : ModelSpec
     config : mapping or None
         The Hugging Face config that the spec was read from; None where there was none.
+    method : Method or None
+        How it is fine-tuned; None: all of it is trained.
 
     Examples
     --------
@@ -44,6 +51,7 @@ class Model:
 
     spec: ModelSpec
     config: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
+    method: Method | None = None
 
     @classmethod
     def load(cls, name_or_path: str | Path, *, mtp: bool = False, vocab_multiple: int = 1) -> Model:
@@ -85,16 +93,54 @@ class Model:
     @cached_property
     def graph(self) -> ModelGraph:
         """The one graph everything is folded from."""
-        return build_graph(self.spec)
+        graph = build_graph(self.spec)
+        if self.method is None:
+            return graph
+        from simllm.models.finetuning import finetuned_graph
+
+        return finetuned_graph(graph, self.spec, self.method)
+
+    def finetuned(self, method: Method | str, **options: Any) -> Model:
+        """The same model under a fine-tuning method: its graph transformed, everything else follows.
+
+        Parameters
+        ----------
+        method : Method or str
+            A method, or the name of one with its options: full, freeze, bitfit, prompt, p-tuning, p-tuning-v2, prefix,
+            houlsby, pfeiffer, llama-adapter, lora, lora+, dora, adalora, vera, ia3, qlora, galore.
+
+        Raises
+        ------
+        InputError
+            The method, its options or its targets do not go with this model.
+
+        Examples
+        --------
+        >>> Model.load("llama-7b").finetuned("lora", rank=8, targets=("q_proj", "v_proj")).trainable_parameters
+        4194304
+        """
+        from simllm.models.finetuning import method_named
+
+        if self.method is not None:
+            raise InputError(f"{self.name} is fine-tuned with {self.method.name} already; start from the model itself")
+        tuned = replace(self, method=method_named(method, **options) if isinstance(method, str) else method)
+        _ = tuned.graph  # a method that does not go with the model is refused here, not at the first question
+        return tuned
 
     @cached_property
     def parameters(self) -> ParameterCounts:
         """Exact parameter counts."""
         return count_parameters(self.graph)
 
+    @cached_property
+    def trainable_parameters(self) -> int:
+        """Parameters that have a gradient."""
+        return count_trainable(self.graph)
+
     def flops(self, seq_len: int, batch: int = 1) -> FlopCounts:
         """FLOPs of ``batch`` sequences of ``seq_len`` tokens; a prefix decoder's prefix is half of them."""
-        return count_flops(self.graph, Layout(batch=batch, seq_len=seq_len, prefix_len=self.prefix_len(seq_len)))
+        length = seq_len + self.graph.virtual_tokens
+        return count_flops(self.graph, Layout(batch=batch, seq_len=length, prefix_len=self.prefix_len(seq_len)))
 
     def prefix_len(self, seq_len: int) -> int:
         """Tokens of the bidirectional prefix in a sequence: half for prefix decoders, else none.

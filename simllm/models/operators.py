@@ -66,11 +66,37 @@ def _bytes(layout: Layout, impl: Implementation, *tensors: Tensor) -> float:
     return sum(layout.elements(tensor) * impl.bytes_of(tensor) for tensor in tensors)
 
 
+def _expansion(operator: Operator, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
+    """Quantised weights in the compute precision, made anew for each product: read packed, written, a kernel each."""
+    return tuple(
+        Stream(weight.storage.bytes(elements) + elements * impl.activation_bytes)
+        for weight in operator.weights
+        if weight.storage is not None
+        for elements in (layout.weight_elements(weight),)
+    )
+
+
+def _trains_matrix(operator: Operator, axes: int) -> bool:
+    """Whether a matrix among the weights has a gradient; its product with the input's gradient keeps the input."""
+    return any(weight.trained for weight in operator.weights if len(weight.axes) >= axes)
+
+
+def _weight_gradients(
+    operator: Operator, bias: bool, products: tuple[Work, ...], layout: Layout, impl: Implementation
+) -> tuple[Work, ...]:
+    """The products of the matrices' gradients, and the sum over the tokens that is the biases'."""
+    matrix = max(len(weight.axes) for weight in operator.weights)
+    if bias and any(weight.trained for weight in operator.weights if len(weight.axes) < matrix):
+        return (*products, Stream(_bytes(layout, impl, *operator.outputs)))
+    return products
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Projection(Operator):
     """One matrix product with one or several weights side by side: ``y_i = x W_i + b_i``.
 
-    The weights' first axis is contracted. Backward: input gradient and weight gradient are one product each.
+    The weights' first axis is contracted. Backward: input gradient and weight gradient are one product each. The
+    input is kept for the gradient of a matrix only.
     """
 
     bias: bool = False
@@ -87,21 +113,21 @@ class Projection(Operator):
 
     def forward(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
         m, n, k = self._shape(layout)
-        return (Gemm(m, n, k),)
+        return (*_expansion(self, layout, impl), Gemm(m, n, k))
 
     def backward_input(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
         m, n, k = self._shape(layout)
-        return (Gemm(m, k, n),)
+        return (*_expansion(self, layout, impl), Gemm(m, k, n))
 
     def backward_weight(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
-        m, n, k = self._shape(layout)
-        product = Gemm(k, n, m)
-        if not self.bias:
-            return (product,)
-        return (product, Stream(_bytes(layout, impl, *self.outputs)))
+        m, _, k = self._shape(layout)
+        n = sum(layout.size(weight.axes[1]) for weight in self.weights if len(weight.axes) > 1 and weight.trained)
+        return _weight_gradients(self, self.bias, (Gemm(k, n, m),) if n else (), layout, impl)
 
     def saved(self, impl: Implementation) -> tuple[Tensor, ...]:
         x = self.inputs[0]
+        if not _trains_matrix(self, 2):
+            return ()
         if impl.sequence_gather == "kept" and not x.tp_sharded and any(out.tp_sharded for out in self.outputs):
             return (replace(x, gathered=True),)
         return (x,)
@@ -121,22 +147,21 @@ class GroupedProjection(Operator):
         return layout.tokens(self.inputs[0]), n, k, groups
 
     def forward(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
-        return (GroupedGemm(*self._shape(layout)),)
+        return (*_expansion(self, layout, impl), GroupedGemm(*self._shape(layout)))
 
     def backward_input(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
         tokens, n, k, groups = self._shape(layout)
-        return (GroupedGemm(tokens, k, n, groups),)
+        return (*_expansion(self, layout, impl), GroupedGemm(tokens, k, n, groups))
 
     def backward_weight(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
-        tokens, n, k, groups = self._shape(layout)
+        tokens, _, k, groups = self._shape(layout)
+        n = sum(layout.size(weight.axes[2]) for weight in self.weights if len(weight.axes) > 2 and weight.trained)
         # One (k x n) product per expert, contracted over the expert's own rows.
-        product = Gemm(k, n, max(1, tokens // groups), groups)
-        if not self.bias:
-            return (product,)
-        return (product, Stream(_bytes(layout, impl, *self.outputs)))
+        products = (Gemm(k, n, max(1, tokens // groups), groups),) if n else ()
+        return _weight_gradients(self, self.bias, products, layout, impl)
 
     def saved(self, impl: Implementation) -> tuple[Tensor, ...]:
-        return self.inputs[:1]
+        return self.inputs[:1] if _trains_matrix(self, 3) else ()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -144,7 +169,8 @@ class Attention(Operator):
     """The attention core: ``softmax(q k^T) v`` for each head. Inputs are q, k, v; the output is the context.
 
     Unfused it also stores the scores' softmax and, with dropout, the mask and the dropped softmax; keys and values
-    of grouped queries are first repeated to all heads.
+    of grouped queries are first repeated to all heads. Inputs after the third are keys and values of ``virtual_keys``
+    learned tokens, which stand before the others and which every query sees.
     """
 
     mask: str
@@ -154,15 +180,22 @@ class Attention(Operator):
     dropout: bool = False
     key_axis: str = "keys"
     cache: tuple[Tensor, ...] = ()
+    virtual_keys: int = 0
 
     def _geometry(self, layout: Layout) -> tuple[int, int, int, int, float]:
         q, k = self.inputs[0], self.inputs[1]
         heads = layout.size(q.axes[1]) // self.head_dim
         kv_heads = layout.size(k.axes[1]) // self.head_dim
         source = layout.encoder_len
-        seq_k = source if self.key_axis == "source_keys" else layout.seq_len
+        cached = layout.cached if self.key_axis == "keys" else 0
+        seq_k = source if self.key_axis == "source_keys" else layout.seq_len + cached
         seq_q = source if q.axes[0].name == "source_tokens" else layout.seq_len
-        pairs = attended_pairs(self.mask, seq_q, seq_k, self.sliding_window, layout.prefix_len)
+        pairs = attended_pairs(self.mask, seq_q + cached, seq_k, self.sliding_window, layout.prefix_len)
+        if cached:
+            # The queries of the cached tokens have been asked before.
+            pairs -= attended_pairs(self.mask, cached, cached, self.sliding_window, layout.prefix_len)
+        if self.virtual_keys:
+            seq_k, pairs = seq_k + self.virtual_keys, pairs + seq_q * self.virtual_keys
         # Context parallelism deals the queries out so that every rank has the same number of pairs.
         return heads, kv_heads, seq_q // layout.cp, seq_k, pairs / layout.cp
 
@@ -193,25 +226,34 @@ class Attention(Operator):
         return work
 
     def saved(self, impl: Implementation) -> tuple[Tensor, ...]:
-        q, k, v = self.inputs
+        q, k, v, *virtual = self.inputs
         context = self.outputs[0]
         if impl.attention == "flash":
             logsumexp = Tensor(f"{self.name}.logsumexp", (q.axes[0], _per_head(q, self.head_dim)), "float32")
-            return (q, k, v, context, logsumexp)
+            return (q, k, v, *virtual, context, logsumexp)
         if k.axes[1].units != q.axes[1].units:
             k = Tensor(f"{k.name}.repeated", q.axes)
             v = Tensor(f"{v.name}.repeated", context.axes)
-        scores = (q.axes[0], _per_head(q, self.head_dim), Axis(self.key_axis))  # type: ignore[arg-type]
-        softmax = Tensor(f"{self.name}.softmax", scores)
-        kept: tuple[Tensor, ...] = (q, k, v)
+            virtual = [Tensor(f"{t.name}.repeated", (t.axes[0], q.axes[1])) for t in virtual]
+        kept = (q, k, v, *virtual, *self._kept_scores(q, Axis(self.key_axis), "", impl))  # type: ignore[arg-type]
+        if not self.virtual_keys:
+            return kept
+        return (*kept, *self._kept_scores(q, Axis("fixed", self.virtual_keys), "virtual_", impl))
+
+    def _kept_scores(self, q: Tensor, keys: Axis, prefix: str, impl: Implementation) -> tuple[Tensor, ...]:
+        """What unfused attention keeps of the scores of some keys."""
+        scores = (q.axes[0], _per_head(q, self.head_dim), keys)
+        name = f"{self.name}.{prefix}"
+        softmax = Tensor(f"{name}softmax", scores)
+        kept: tuple[Tensor, ...] = ()
         if impl.softmax == "float32" and impl.activation_bytes < 4:
-            kept += (Tensor(f"{self.name}.softmax_float32", scores, "float32"),)
+            kept += (Tensor(f"{name}softmax_float32", scores, "float32"),)
         elif self.dropout:
             kept += (softmax,)
         if not self.dropout:
             return (*kept, softmax)
-        dropped = Tensor(f"{self.name}.softmax_dropped", scores)
-        return (*kept, dropped, Tensor(f"{self.name}.dropout_mask", scores, "mask"))
+        dropped = Tensor(f"{name}softmax_dropped", scores)
+        return (*kept, dropped, Tensor(f"{name}dropout_mask", scores, "mask"))
 
     def cached(self) -> tuple[Tensor, ...]:
         return self.cache
@@ -259,7 +301,8 @@ class Norm(Operator):
         if self._eager(impl):
             # The copy in float32 is the input itself where activations are float32.
             wide = x if impl.activation_bytes == 4 else Tensor(f"{self.name}.float32", x.axes, "float32")
-            normed = (Tensor(f"{self.name}.normed", x.axes),) if self.weights else ()
+            trained = any(weight.trained for weight in self.weights)
+            normed = (Tensor(f"{self.name}.normed", x.axes),) if trained else ()
             return (wide, rstd, *normed)
         if self.kind == "layernorm":
             return (x, rstd, Tensor(f"{self.name}.mean", rows, "float32"))
@@ -401,7 +444,7 @@ class Embedding(Operator):
         return ()
 
     def backward_weight(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
-        rows = sum(len(weight.axes) > 1 for weight in self.weights)
+        rows = sum(len(weight.axes) > 1 and weight.trained for weight in self.weights)
         # Each row of the gradient is read and added (read, write) to the table's gradient.
         return (Stream(3 * _bytes(layout, impl, self.outputs[0]) * rows, rows),)
 
@@ -467,10 +510,12 @@ class Router(Operator):
         return (Gemm(rows, self._width(layout), self.num_experts), Stream(4 * 4 * rows * self.num_experts, 2))
 
     def backward_weight(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
+        if not _trains_matrix(self, 2):
+            return ()
         return (Gemm(self._width(layout), self.num_experts, self._rows(layout)),)
 
     def saved(self, impl: Implementation) -> tuple[Tensor, ...]:
-        return (self.inputs[0], self.outputs[0])
+        return self.outputs[:1] if not _trains_matrix(self, 2) else (self.inputs[0], self.outputs[0])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -531,7 +576,7 @@ class Conv1d(Operator):
 
     def backward_weight(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
         # The kernel that makes the input's gradient makes the weight's with it.
-        return (Stream(0.0, 0, self._flops(layout)),)
+        return (Stream(0.0, 0, self._flops(layout)),) if _trains_matrix(self, 2) else ()
 
     def saved(self, impl: Implementation) -> tuple[Tensor, ...]:
         return self.inputs

@@ -12,7 +12,8 @@ Rules (arXiv:1909.08053 section 3, arXiv:2205.05198 section 4.2):
   from all ranks, in float32 (arXiv:1909.08053, section 3);
 - tokens sent to experts cross the expert-parallel ranks by all-to-all, twice forward and twice backward; expert-tensor
   ranks gather and scatter them;
-- keys and values go round the context-parallel ring, their gradients with them in the backward pass.
+- keys and values go round the context-parallel ring, their gradients with them in the backward pass;
+- what serves a gradient that nobody asks for, before the first trained weight, is not exchanged.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ class Collective:
 
 
 class _Reader:
-    def __init__(self, layout: Layout, impl: Implementation) -> None:
-        self.layout, self.impl = layout, impl
+    def __init__(self, graph: Graph, layout: Layout, impl: Implementation) -> None:
+        self.graph, self.layout, self.impl = graph, layout, impl
         self.found: list[Collective] = []
         self.partial: set[str] = set()
         self.entered: set[str] = set()
@@ -57,6 +58,8 @@ class _Reader:
     def add(
         self, op: Operation, group: GroupName, phase: Phase, size: float, operator: Operator, count: int = 1
     ) -> None:
+        if phase == "backward" and not self.graph.runs_backward(operator):
+            return
         self.found.append(
             Collective(op=op, group=group, phase=phase, size_bytes=size, operator=operator.name, count=count)
         )
@@ -79,12 +82,17 @@ class _Reader:
             return
         self.entered.add(tensor.name)
         size = self.full_bytes(tensor)
+        # A matrix needs its input again for its own gradient, unless it is frozen; the input's gradient is asked for
+        # where something before it is trained.
+        again = not operator.weights or any(weight.trained and len(weight.axes) > 1 for weight in operator.weights)
+        through = tensor.name in self.graph.differentiated
         if self.layout.sequence_parallel:
             self.add("all_gather", "tp", "forward", size, operator)
-            if self.impl.sequence_gather == "again":
+            if again and self.impl.sequence_gather == "again":
                 self.add("all_gather", "tp", "backward", size, operator)
-            self.add("reduce_scatter", "tp", "backward", size, operator)
-        else:
+            if through:
+                self.add("reduce_scatter", "tp", "backward", size, operator)
+        elif through:
             self.add("all_reduce", "tp", "backward", size, operator)
 
     def read(self, operator: Operator) -> None:
@@ -107,6 +115,9 @@ class _Reader:
                 self.partial.update(out.name for out in operator.outputs)
             elif sharded_out and not x.tp_sharded:
                 self.enter(x, operator)
+            elif x.name in self.partial:
+                # A product of partial sums leaves partial sums.
+                self.partial.update(out.name for out in operator.outputs)
         elif isinstance(operator, Rope):
             for x in operator.inputs:
                 if not x.tp_sharded:
@@ -156,7 +167,7 @@ def block_collectives(graph: Graph, layout: Layout, impl: Implementation) -> tup
     -------
     tuple of Collective
     """
-    reader = _Reader(layout, impl)
+    reader = _Reader(graph, layout, impl)
     for operator in graph.operators:
         reader.read(operator)
     reader.finish(graph)

@@ -13,12 +13,19 @@ from operator import add
 
 from simllm.elementwise import Real, larger, smaller
 from simllm.models.activations import Recompute, saved_bytes
-from simllm.models.graph import Graph, Implementation, Layout, Tensor
+from simllm.models.graph import Graph, Implementation, Layout, Operator, Tensor
 from simllm.models.work import Gemm, GroupedGemm
 from simllm.parallel.offload import STATES
 from simllm.parallel.plan import Plan
 from simllm.parallel.schedules import Table, held_peak, in_flight_chunks, stage_of
-from simllm.parallel.stages import Stage, block_weights, stage_moments, stage_weights
+from simllm.parallel.stages import (
+    Stage,
+    block_frozen_bytes,
+    block_weights,
+    stage_frozen_bytes,
+    stage_moments,
+    stage_weights,
+)
 from simllm.parallel.states import StateBytes
 
 __all__ = [
@@ -111,14 +118,25 @@ def kept_bytes(graph: Graph, layout: Layout, impl: Implementation, policy: Recom
 
 @lru_cache(maxsize=1 << 16)
 def gradient_workspace(graph: Graph, layout: Layout, impl: Implementation) -> float:
-    """Bytes of the gradients around the widest operator: those of its inputs and outputs."""
+    """Bytes at work around the widest operator of the backward pass: the gradients of its inputs and outputs.
+
+    A product with a quantised weight holds it expanded to the compute precision.
+    """
     return max(
         (
             sum(layout.elements(t) * impl.bytes_of(t) for t in (*operator.inputs, *operator.outputs))
+            + expanded_bytes(operator, layout, impl)
             for operator in graph.operators
+            if graph.runs_backward(operator)
         ),
         default=0.0,
     )
+
+
+def expanded_bytes(operator: Operator, layout: Layout, impl: Implementation) -> float:
+    """Bytes of the largest quantised weight of an operator in the compute precision: they are expanded one by one."""
+    stored = (layout.weight_elements(weight) for weight in operator.weights if weight.storage is not None)
+    return max(stored, default=0) * impl.activation_bytes
 
 
 def layer_peak_bytes(graph: Graph, layout: Layout, impl: Implementation, policy: Recompute) -> float:
@@ -178,6 +196,7 @@ def state_memory(
 ) -> dict[str, float]:
     """Bytes of a rank that depend neither on its micro-batches nor on recomputation, by kind."""
     weights = stage_weights(stage, layout, plan.pp)
+    frozen = stage_frozen_bytes(stage, layout, plan.pp, states.gathered)
     moments = stage_moments(stage, layout, plan.pp, optimizer, states.moment_element)
     degrees = shard_degrees(plan, hsdp_shard)
 
@@ -187,7 +206,7 @@ def state_memory(
 
     full = plan.shards_parameters
     return {
-        "parameters": kept(weights, states.parameter, full),
+        "parameters": kept(weights, states.parameter, full) + kept(frozen, 1, full),
         "gradients": kept(weights, states.gradient, full or plan.zero == "2"),
         "optimizer": kept(weights, states.master, plan.zero != "0") + kept(moments, 1, plan.zero != "0"),
         "gathered": _gathered_bytes(stage, layout, states) if full else 0.0,
@@ -360,4 +379,7 @@ def _gathered_bytes(stage: Stage, layout: Layout, states: StateBytes) -> float:
     """Full sharding: the layer at work, the one fetched ahead, one layer's gradient, and what is outside the layers."""
     largest = max((sum(block_weights(graph, layout)) for graph, _ in stage.layers), default=0)
     outside = sum(sum(block_weights(graph, layout)) for graph in stage.extras)
-    return states.gathered * (3 * largest + outside)
+    # Frozen weights are gathered as they are stored, and have no gradient.
+    frozen = max((sum(block_frozen_bytes(graph, layout, states.gathered)) for graph, _ in stage.layers), default=0)
+    frozen_outside = sum(sum(block_frozen_bytes(graph, layout, states.gathered)) for graph in stage.extras)
+    return states.gathered * (3 * largest + outside) + 2 * frozen + frozen_outside

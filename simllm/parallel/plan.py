@@ -14,7 +14,16 @@ from simllm.models.spec import AttentionSpec, MambaSpec, MoESpec
 from simllm.parallel.offload import Offload
 from simllm.parallel.schedules import SCHEDULES, Schedule, check_schedule
 
-__all__ = ["PRECISIONS", "ZERO_STAGES", "Plan", "check_plan", "even_split", "split_layers"]
+__all__ = [
+    "PRECISIONS",
+    "ZERO_STAGES",
+    "Plan",
+    "check_plan",
+    "check_virtual_tokens",
+    "cut_inside_a_block",
+    "even_split",
+    "split_layers",
+]
 
 ZERO_STAGES = ("0", "1", "2", "3", "hsdp")
 PRECISIONS = ("bf16", "fp16", "fp32", "tf32", "fp8", "mxfp8", "nvfp4")
@@ -265,6 +274,9 @@ def check_plan(model: Model, plan: Plan, seq_len: int) -> None:
             f"tp={plan.tp} without sequence_parallel in a mixture of experts would send every token tp times; "
             "switch sequence parallelism on"
         )
+    cut = cut_inside_a_block(model, plan.tp, plan.etp) if plan.tp > 1 or plan.etp > 1 else ""
+    if cut:
+        raise InputError(f"tp={plan.tp} {cut}; use a smaller tp or smaller blocks")
     if seq_len % plan.cp:
         raise InputError(f"cp={plan.cp} does not divide seq_len={seq_len}")
     if plan.sequence_parallel and seq_len % (plan.cp * plan.tp):
@@ -272,6 +284,45 @@ def check_plan(model: Model, plan: Plan, seq_len: int) -> None:
     if plan.uneven_layers and plan.pp > spec.num_hidden_layers:
         raise InputError(f"pp={plan.pp} stages, but the model has {spec.num_hidden_layers} layers; use a smaller pp")
     split_layers(spec.num_hidden_layers, plan.pp * plan.vpp, plan.uneven_layers)
+
+
+def check_virtual_tokens(model: Model, seq_len: int) -> None:
+    """Refuse learned tokens that do not fit into the context beside the sequence.
+
+    Raises
+    ------
+    InputError
+        Naming the sequence that would fit.
+    """
+    virtual = model.method.context_tokens if model.method else 0
+    context = model.spec.context_length
+    if virtual and context is not None and seq_len + virtual > context:
+        raise InputError(
+            f"seq_len={seq_len} and virtual_tokens={virtual} exceed the context of {model.spec.name}, "
+            f"{context} tokens; use seq_len={context - virtual} or less"
+        )
+
+
+def cut_inside_a_block(model: Model, tp: int, etp: int = 1) -> str:
+    """What tensor parallelism would do to a quantised weight inside one of its blocks; "" where it does not.
+
+    The elements of a block share their scale. A matrix is stored row by row, one row for each output: tensor
+    parallelism over the outputs leaves whole rows, over the inputs it cuts every row.
+    """
+    layout = Layout(tp=tp, etp=etp)
+    for part, _ in model.graph.parts:
+        for weight in part.weights:
+            if weight.storage is None or len(weight.axes) < 2:
+                continue
+            columns, piece = weight.axes[-2].size, layout.size(weight.axes[-2])
+            rows = layout.size(weight.axes[-1])
+            block = weight.storage.block
+            if (piece < columns and piece % block) or (piece * rows) % block:
+                return (
+                    f"cuts {weight.name} ({weight.storage.name} in blocks of {block}) into pieces of {piece} x {rows}, "
+                    "not on block borders"
+                )
+    return ""
 
 
 def _check_heads(attention: AttentionSpec, tp: int) -> None:

@@ -12,7 +12,15 @@ from simllm.parallel.schedules import stage_of
 from simllm.parallel.schedules.actions import Placement
 from simllm.parallel.states import block_moments
 
-__all__ = ["Stage", "block_weights", "pipeline_stages", "stage_moments", "stage_weights"]
+__all__ = [
+    "Stage",
+    "block_frozen_bytes",
+    "block_weights",
+    "pipeline_stages",
+    "stage_frozen_bytes",
+    "stage_moments",
+    "stage_weights",
+]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -82,15 +90,34 @@ def pipeline_stages(
 
 @lru_cache(maxsize=65536)
 def block_weights(graph: Graph, layout: Layout, keep_tied: bool = False) -> tuple[int, int]:
-    """Dense and expert parameters of one block on one rank."""
+    """Dense and expert parameters of one block on one rank that are trained."""
     dense = expert = 0
     for weight in graph.weights:
-        if not weight.stored(keep_tied):
+        if not weight.trained or not weight.stored(keep_tied):
             continue
         if weight.is_expert:
             expert += layout.weight_elements(weight)
         else:
             dense += layout.weight_elements(weight)
+    return dense, expert
+
+
+@lru_cache(maxsize=65536)
+def block_frozen_bytes(graph: Graph, layout: Layout, element: float, keep_tied: bool = False) -> tuple[float, float]:
+    """Bytes of the frozen dense and expert weights of one block on one rank, as they are stored.
+
+    ``element``: bytes of a parameter that is kept in the compute precision.
+    """
+    dense = expert = 0.0
+    for weight in graph.weights:
+        if weight.trained or not weight.stored(keep_tied):
+            continue
+        elements = layout.weight_elements(weight)
+        size = elements * element if weight.storage is None else weight.storage.bytes(elements)
+        if weight.is_expert:
+            expert += size
+        else:
+            dense += size
     return dense, expert
 
 
@@ -110,13 +137,21 @@ def _over_blocks(stage: Stage, pp: int, of: Callable[[Graph, bool], tuple[float,
 
 
 @lru_cache(maxsize=1 << 16)
-def stage_moments(stage: Stage, layout: Layout, pp: int, optimizer: str, element: int) -> tuple[float, float]:
-    """Bytes of optimizer moments of dense and expert weights on one rank of a stage."""
-    return _over_blocks(stage, pp, lambda graph, tied: block_moments(graph, layout, optimizer, element, tied))
+def stage_moments(
+    stage: Stage, layout: Layout, pp: int, optimizer: str, element: int, paged: bool = False
+) -> tuple[float, float]:
+    """Bytes of optimizer moments of dense and expert weights on one rank of a stage; ``paged``: those on the host."""
+    return _over_blocks(stage, pp, lambda graph, tied: block_moments(graph, layout, optimizer, element, tied, paged))
+
+
+@lru_cache(maxsize=1 << 16)
+def stage_frozen_bytes(stage: Stage, layout: Layout, pp: int, element: float) -> tuple[float, float]:
+    """Bytes of frozen dense and expert weights on one rank of a stage, as they are stored."""
+    return _over_blocks(stage, pp, lambda graph, tied: block_frozen_bytes(graph, layout, element, tied))
 
 
 @lru_cache(maxsize=1 << 16)
 def stage_weights(stage: Stage, layout: Layout, pp: int) -> tuple[int, int]:
-    """Dense and expert parameters on one rank of a stage."""
+    """Dense and expert parameters on one rank of a stage that are trained."""
     dense, expert = _over_blocks(stage, pp, lambda graph, tied: block_weights(graph, layout, tied))
     return round(dense), round(expert)

@@ -238,15 +238,25 @@ def state_terms(stack: Stack, states: StateBytes, optimizer: Optimizer, moments:
 
 @lru_cache(maxsize=1 << 16)
 def block_moments(
-    graph: Graph, layout: Layout, optimizer: str, element: int, keep_tied: bool = False
+    graph: Graph, layout: Layout, optimizer: str, element: int, keep_tied: bool = False, paged: bool = False
 ) -> tuple[float, float]:
-    """Bytes of optimizer moments of the dense and of the expert weights of one block on one rank."""
+    """Bytes of optimizer moments of the dense and of the expert weights of one block on one rank.
+
+    Those on the device, or with ``paged`` those in pages of the host.
+    """
     moments = optimizer_named(optimizer).moments
     dense = expert = 0.0
     for weight in graph.weights:
-        if not weight.stored(keep_tied):
+        if not weight.trained or weight.paged != paged or not weight.stored(keep_tied):
             continue
-        size = moments(weight, tuple(layout.size(axis) for axis in weight.axes), element)
+        shape = tuple(layout.size(axis) for axis in weight.axes)
+        size = 0.0
+        if weight.moment_rank:
+            *batch, rows, columns = shape
+            rank = min(weight.moment_rank, rows, columns)
+            size += element * prod(batch) * rank * min(rows, columns)
+            shape = (*batch, max(rows, columns), rank)
+        size += moments(weight, shape, element)
         if weight.is_expert:
             expert += size
         else:

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from simllm.errors import InputError
+from simllm.errors import InputError, UnsupportedError
 from simllm.hardware import Cluster
 from simllm.models import Model
 from simllm.parallel.offload import Offload
@@ -266,7 +266,10 @@ class Gathering:
         if largest.host is not None and not any(o.anything for o in self.question.constraints.offload):
             for words in _OFFLOADS:
                 wanted = replace(self.question.constraints, offload=(Offload.parse(words),))
-                answer = _best_of(replace(self.question, constraints=wanted), largest)
+                try:
+                    answer = _best_of(replace(self.question, constraints=wanted), largest)
+                except UnsupportedError:  # the optimizer of a fine-tuning method that stays on the device
+                    continue
                 if answer is not None:
                     found.append((f"with offload={words}", answer))
                     break

@@ -184,7 +184,8 @@ def _questions(answer: Estimate, factor: float) -> Iterator[tuple[str, str, str,
     larger = replace(plan, global_batch_size=batch)
     sequences = f"{plan.global_batch_size} sequences", f"{batch} sequences"
     yield "batch", *sequences, batch / plan.global_batch_size, cluster, training, larger
-    length = _next(training.seq_len, factor, math.lcm(plan.tp * plan.cp, _TOKENS))
+    virtual = answer.model.graph.virtual_tokens
+    length = _next(training.seq_len + virtual, factor, math.lcm(plan.tp * plan.cp, _TOKENS)) - virtual
     tokens = f"{training.seq_len} tokens", f"{length} tokens"
     yield "sequence", *tokens, length / training.seq_len, cluster, replace(training, seq_len=length), plan
 

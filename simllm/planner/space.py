@@ -21,7 +21,7 @@ from simllm.models import Model
 from simllm.models.activations import Recompute
 from simllm.models.spec import AttentionSpec, MambaSpec, MoESpec
 from simllm.parallel.offload import Offload
-from simllm.parallel.plan import Plan, Zero, even_split
+from simllm.parallel.plan import Plan, Zero, cut_inside_a_block, even_split
 from simllm.parallel.schedules import SCHEDULES
 from simllm.planner.constraints import Constraints
 from simllm.training import Training
@@ -188,7 +188,7 @@ class Space:
         import numpy as np
 
         tp, cp, ep, split = (columns[name] for name in ("tp", "cp", "ep", "sequence_parallel"))
-        seq = self.training.seq_len
+        seq = self.training.seq_len + self.model.graph.virtual_tokens
         found: list[tuple[str, Any]] = []
         none = np.zeros(len(tp), dtype=bool)
 
@@ -206,13 +206,16 @@ class Space:
         for moe in self._moe:
             refuse("etp does not divide the experts' intermediate size", moe.expert.intermediate_size % etp > 0)
             refuse("ep does not divide the experts", moe.num_experts % ep > 0)
+        degrees, which = np.unique(np.stack([tp, etp]), axis=1, return_inverse=True)
+        cut = [bool(cut_inside_a_block(self.model, *pair)) for pair in degrees.T.tolist()]
+        refuse("tp cuts quantised weights inside a block", np.array(cut, dtype=bool)[which.ravel()])
         if not self._moe:
             refuse("the model has no experts to split", ep > 1)
         refuse("cp does not divide the sequence", seq % cp > 0)
         refuse(
             "tp x cp does not divide the sequence (sequence parallel)", (split > 0) & (tp > 1) & (seq % (cp * tp) > 0)
         )
-        short = (cp > 1) & (seq // cp < _SMALLEST_SEQUENCE_PER_RANK)
+        short = (cp > 1) & (self.training.seq_len // cp < _SMALLEST_SEQUENCE_PER_RANK)
         if not self.constraints.cp:
             refuse(f"cp leaves fewer than {_SMALLEST_SEQUENCE_PER_RANK} tokens of a sequence per rank", short)
         if self._mamba:

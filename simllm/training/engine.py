@@ -28,6 +28,9 @@ __all__ = ["BlockCost", "BlockGroups", "Engine", "implementation_of"]
 #: Operators that stay in 16 bits when the layers' matrix products run in 8 or 4 (Micikevicius 2022, arXiv:2209.05433).
 _HIGH_PRECISION_COMPONENTS = frozenset({"head", "router", "head_transform"})
 
+#: Components of operators that stand beside those of the model itself.
+_ADDED_COMPONENTS = frozenset({"adapter", "prompt"})
+
 
 @dataclass(frozen=True, slots=True)
 class BlockGroups:
@@ -80,6 +83,11 @@ def attention_kernel(stack: Stack, kernels: Kernels, precision: str) -> tuple[st
     return kernels.default_attention, (
         f"{wanted} was not measured on {kernels.accelerator.name}; {kernels.default_attention} stands in"
     )
+
+
+def _own_operators(graph: Graph) -> int:
+    """Operators of a layer without those that stand beside the model's own."""
+    return sum(operator.component not in _ADDED_COMPONENTS for operator in graph.operators)
 
 
 def stream_kind(operator: Operator, backward: bool = False) -> str:
@@ -167,14 +175,15 @@ class Engine:
         precision, permute = self._treatment(operator)
         return self._price_work(operator.forward(layout, self.impl), precision, permute, 2, stream_kind(operator))
 
-    def operator_backward(self, operator: Operator, layout: Layout) -> tuple[Cost, Cost]:
-        """Seconds of the gradients of one operator's inputs, and of its weights."""
+    def operator_backward(self, operator: Operator, layout: Layout, through: bool = True) -> tuple[Cost, Cost]:
+        """Seconds of the gradients of one operator's inputs, where they are asked for, and of its weights."""
         precision, permute = self._treatment(operator)
         kind = stream_kind(operator, backward=True)
+        inputs = operator.backward_input(layout, self.impl) if through else ()
         # Both operands of a weight's gradient are quantised by then, along both axes at once: the input in the forward
         # pass, the output's gradient for the gradient of the input.
         return (
-            self._price_work(operator.backward_input(layout, self.impl), precision, permute, 4, kind),
+            self._price_work(inputs, precision, permute, 4, kind),
             self._price_work(operator.backward_weight(layout, self.impl), precision, permute, 4, kind, "none"),
         )
 
@@ -235,7 +244,11 @@ class Engine:
         """Forward and backward of a block, nothing recomputed, and the seconds of its weights' gradients."""
         collectives = block_collectives(graph, layout, self.impl)
         forward = reduce(add, self._operators(graph, layout), Cost())
-        gradients = [self.operator_backward(operator, layout) for operator in graph.operators]
+        gradients = [
+            self.operator_backward(operator, layout, graph.needs_input_gradient(operator))
+            for operator in graph.operators
+            if graph.runs_backward(operator)
+        ]
         weights = reduce(add, (of_weights for _, of_weights in gradients), Cost())
         backward = reduce(add, (of_inputs for of_inputs, _ in gradients), weights)
         ahead = [c for c in collectives if c.phase == "forward"]
@@ -245,8 +258,12 @@ class Engine:
         if is_layer:
             host = self.stack.costs.host_per_layer_forward.si
             ratio = self.stack.costs.host_backward_ratio.si
-            forward += Cost(host=max(0.0, host - forward.total))
-            backward += Cost(host=max(0.0, host * ratio - backward.total))
+            # The figures are for the operators of a layer: what is added to it is launched too, what does not run
+            # backward is not.
+            own = _own_operators(graph)
+            behind_share = sum(graph.runs_backward(operator) for operator in graph.operators) / own
+            forward += Cost(host=max(0.0, host * (len(graph.operators) / own) - forward.total))
+            backward += Cost(host=max(0.0, host * ratio * behind_share - backward.total))
         return forward, backward, weights.total
 
     def _price_again(self, graph: Graph, layout: Layout, groups: BlockGroups, policy: Recompute) -> float:
@@ -260,7 +277,7 @@ class Engine:
         collectives = block_collectives(graph, layout, self.impl)
         ahead = [c for c in collectives if c.phase == "forward" and c.operator in names]
         again += self._communication(ahead, groups, again.attention)
-        host = self.stack.costs.host_per_layer_forward.si * len(rerun) / len(graph.operators)
+        host = self.stack.costs.host_per_layer_forward.si * len(rerun) / _own_operators(graph)
         return again.total + max(0.0, host - again.total)
 
     def stream_s(self, size_bytes: float, kind: str = "") -> float:

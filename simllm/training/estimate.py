@@ -12,7 +12,7 @@ from simllm.kernels.profile import load_form
 from simllm.models import Model
 from simllm.models.conventions import FLOP_CONVENTIONS, training_flops
 from simllm.parallel.memory import StageMemory
-from simllm.parallel.plan import Plan, check_plan
+from simllm.parallel.plan import Plan, check_plan, check_virtual_tokens
 from simllm.parallel.stages import stage_weights
 from simllm.parallel.states import StateTerm, optimizer_named, state_terms
 from simllm.training.offload import HostMemory, host_memory
@@ -164,7 +164,8 @@ class Estimate:
         step, stage = self._step, self._step.stages[self.peak_stage.rank]
         weights = sum(stage_weights(stage, step.layout, self.plan.pp))
         optimizer = optimizer_named(self.training.optimizer)
-        return state_terms(self.training.software, step.states, optimizer, sum(step.moments(stage)) / weights)
+        moments = sum(step.moments(stage)) / weights if weights else 0.0
+        return state_terms(self.training.software, step.states, optimizer, moments)
 
     def training_time_s(self, tokens: float) -> float:
         """Seconds to train on so many tokens without interruption."""
@@ -278,7 +279,8 @@ def estimate(model: Model, cluster: Cluster, plan: Plan, training: Training, *, 
             f"tp={plan.tp} x pp={plan.pp} x cp={plan.cp} x dp={plan.dp} = {plan.num_gpus} GPUs, "
             f"but the cluster has {cluster.num_gpus}; the degrees must multiply to it"
         )
-    check_plan(model, plan, training.seq_len)
+    check_plan(model, plan, training.seq_len + model.graph.virtual_tokens)
+    check_virtual_tokens(model, training.seq_len)
     step = Step(model, cluster, plan, training)
     return Estimate(
         model=model,

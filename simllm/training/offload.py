@@ -22,7 +22,7 @@ from simllm.hardware.host import Host
 from simllm.hardware.profiles import load_profile_file, profiles_dir
 from simllm.hardware.stack import Fraction
 from simllm.parallel.memory import StageMemory, shard_degrees
-from simllm.parallel.stages import Stage, stage_weights
+from simllm.parallel.stages import Stage, stage_frozen_bytes, stage_weights
 from simllm.training.cost import Cost
 from simllm.training.exposure import exposed
 
@@ -94,9 +94,17 @@ def host_of(step: Step) -> Host:
     Raises
     ------
     UnsupportedError
-        The profile of the system says nothing of its host, or of the drives that the plan uses.
+        The profile of the system says nothing of its host, or of the drives that the plan uses; or the optimizer is to
+        be offloaded and keeps its moments in pages or of projections.
     """
     cluster, offload = step.cluster, step.plan.offload
+    if offload.moves("optimizer"):
+        weights = (weight for part, _ in step.graph.parts for weight in part.weights if weight.trained)
+        if any(weight.paged or weight.moment_rank for weight in weights):
+            raise UnsupportedError(
+                f"offload={offload}: an optimizer with paged states or projected gradients updates on the device; "
+                "leave the optimizer there"
+            )
     if cluster.host is None:
         raise UnsupportedError(
             f"offload={offload}: the profile of {cluster.name} has no host section (memory, memory_bandwidth, "
@@ -132,17 +140,28 @@ class HostWork:
         read, write = host.drives
         return min(link, read / self.devices), min(link, write / self.devices)
 
-    def _own(self, stage: Stage) -> float:
-        """Parameters of a stage whose states a rank owns."""
-        plan, step = self.step.plan, self.step
-        dense, expert = stage_weights(stage, step.layout, plan.pp)
-        by_dense, by_expert = (1, 1) if plan.zero == "0" else shard_degrees(plan, step.hsdp_shard)
+    def _share(self, dense: float, expert: float) -> float:
+        """What a rank owns of dense and expert parameters."""
+        by_dense, by_expert = (
+            (1, 1) if self.step.plan.zero == "0" else shard_degrees(self.step.plan, self.step.hsdp_shard)
+        )
         return dense / by_dense + expert / by_expert
+
+    def _own(self, stage: Stage) -> float:
+        """Trained parameters of a stage whose states a rank owns."""
+        return self._share(*stage_weights(stage, self.step.layout, self.step.plan.pp))
+
+    def _frozen_bytes(self, stage: Stage) -> float:
+        """Bytes of the frozen weights of a stage that a rank owns."""
+        step = self.step
+        return self._share(*stage_frozen_bytes(stage, step.layout, step.plan.pp, step.states.gathered))
 
     def states_traffic_s(self, stage: Stage) -> tuple[float, float]:
         """Seconds of a micro-batch's states over the link: parameters for a pass, gradients after it."""
         offload, states, own = self.step.plan.offload, self.step.states, self._own(stage)
-        parameters = own * states.gathered / self._rates("parameters")[0] if offload.moves("parameters") else 0.0
+        parameters = 0.0
+        if offload.moves("parameters"):
+            parameters = (own * states.gathered + self._frozen_bytes(stage)) / self._rates("parameters")[0]
         gradients = own * states.gradient_on_wire / self._rates("gradients")[1] if offload.moves("gradients") else 0.0
         return parameters, gradients
 

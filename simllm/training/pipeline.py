@@ -108,9 +108,14 @@ class PipelineRun:
             return schedule_actions(plan.schedule, plan.pp, plan.num_micro_batches, plan.vpp)
         times = self.times
         kept = [self.step.kept_bytes(stage) for stage in self.stages]
+        # A stage in front of the first trained weight keeps nothing.
         pending = max(
-            weight_gradient_bytes(stage, self.step.layout, self.step.engine.impl) / size
-            for stage, size in zip(self.stages, kept, strict=True)
+            (
+                weight_gradient_bytes(stage, self.step.layout, self.step.engine.impl) / size
+                for stage, size in zip(self.stages, kept, strict=True)
+                if size
+            ),
+            default=0.0,
         )
         return searched_zero_bubble(
             plan.num_micro_batches,

@@ -46,6 +46,7 @@ def setup_dict(answer: Estimate) -> dict[str, Any]:
         "num_nodes": cluster.num_nodes,
         "hsdp_shard": answer.hsdp_shard,
         "optimizer": training.optimizer,
+        "method": answer.model.method.name if answer.model.method else None,
         "master_weights": training.master_weights,
         "gradient_precision": training.gradient_precision,
         "memory_headroom": training.memory_headroom,

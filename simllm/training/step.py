@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from math import gcd
+from math import gcd, prod
 
+from simllm.errors import UnsupportedError
 from simllm.hardware import Cluster
 from simllm.hardware.stack import Stack
 from simllm.models import Model
@@ -17,7 +18,14 @@ from simllm.parallel.memory import StageMemory, held_along, shard_degrees, stage
 from simllm.parallel.placement import group_of
 from simllm.parallel.plan import Plan
 from simllm.parallel.schedules import pipeline_bubble
-from simllm.parallel.stages import Stage, block_weights, pipeline_stages, stage_moments, stage_weights
+from simllm.parallel.stages import (
+    Stage,
+    block_frozen_bytes,
+    block_weights,
+    pipeline_stages,
+    stage_moments,
+    stage_weights,
+)
 from simllm.parallel.states import StateBytes
 from simllm.training.composition import (
     accumulation_s,
@@ -103,7 +111,8 @@ class Step:
         self.engine = engine_for(cluster, self.stack, plan.precision)
         self.graph = model.graph
         self.prefix_len = model.prefix_len(training.seq_len)
-        self.layout = plan.layout(training.seq_len, self.prefix_len, round(self.stack.vocab_multiple.si))
+        seq_len = training.seq_len + self.graph.virtual_tokens
+        self.layout = plan.layout(seq_len, self.prefix_len, round(self.stack.vocab_multiple.si))
         self.groups = BlockGroups(
             tp=group_of(plan, "tp"), cp=group_of(plan, "cp"), ep=group_of(plan, "ep"), etp=group_of(plan, "etp")
         )
@@ -165,17 +174,17 @@ class Step:
 
     def accumulation_stream_s(self, graph: Graph) -> float:
         """Seconds to add one micro-batch's gradients of a block to those before."""
-        traffic = self.stack.costs.gradient_accumulation.si
-        return self.engine.stream_s(sum(block_weights(graph, self.layout)) * traffic) if traffic else 0.0
+        traffic = self.stack.costs.gradient_accumulation.si * sum(block_weights(graph, self.layout))
+        return self.engine.stream_s(traffic) if traffic else 0.0
 
     def block_traffic_s(self, graph: Graph) -> tuple[float, float]:
         """Seconds to gather the parameters of one block, and to reduce its gradients."""
         weights = block_weights(graph, self.layout)
-        return self.exchange_s(self.gathers(*weights)), self.exchange_s(self.reductions(*weights))
+        return self.exchange_s(self.block_gathers(graph)), self.exchange_s(self.reductions(*weights))
 
     # -- data-parallel traffic -----------------------------------------------------------------------------------
 
-    def gathers(self, dense: int, expert: int) -> list[Exchange]:
+    def gathers(self, dense: float, expert: float) -> list[Exchange]:
         """What brings the compute copy of so many parameters to every rank once: nothing without sharding."""
         if self.plan.zero == "0":
             return []
@@ -189,7 +198,13 @@ class Step:
             ]
         return [Exchange(role, "all_gather", group, count * self.states.gathered) for role, count, group in shards]
 
-    def reductions(self, dense: int, expert: int) -> list[Exchange]:
+    def block_gathers(self, graph: Graph) -> list[Exchange]:
+        """The same of one block under full sharding, frozen weights as they are stored."""
+        dense, expert = block_weights(graph, self.layout)
+        frozen = block_frozen_bytes(graph, self.layout, self.states.gathered)
+        return self.gathers(dense + frozen[0] / self.states.gathered, expert + frozen[1] / self.states.gathered)
+
+    def reductions(self, dense: float, expert: float) -> list[Exchange]:
         """What sums the gradients of so many parameters over the ranks that share them."""
         operation = "all_reduce" if self.plan.zero == "0" else "reduce_scatter"
         found = []
@@ -201,7 +216,7 @@ class Step:
                 found.append(Exchange(f"{role}_replicas", "all_reduce", replicas, size / group.size))
         return found
 
-    def _shards(self, dense: int, expert: int) -> tuple[tuple[str, int, Group, Group], ...]:
+    def _shards(self, dense: float, expert: float) -> tuple[tuple[str, float, Group, Group], ...]:
         """Parameters with the group that shards them and that of its replicas: dense ones, then experts."""
         plan = self.plan
         experts = group_of(plan, "expert_dp")
@@ -344,15 +359,42 @@ class Step:
     def update_s(self, stage: Stage) -> float:
         """Seconds of the optimizer on one rank."""
         weights = stage_weights(stage, self.layout, self.plan.pp)
+        if not any(weights):
+            return 0.0
         degrees = (1, 1) if self.plan.zero == "0" else shard_degrees(self.plan, self.hsdp_shard)
-        return self.engine.stream_s(
-            update_bytes(weights, self.moments(stage), degrees, self.states.update_traffic), "optimizer"
-        )
+        moved = update_bytes(weights, self.moments(stage), degrees, self.states.update_traffic)
+        streamed = self.engine.stream_s(moved, "optimizer")
+        return streamed + self._projections_s(stage) + self._paging_s(stage, degrees)
 
-    def moments(self, stage: Stage) -> tuple[float, float]:
+    def _paging_s(self, stage: Stage, degrees: tuple[int, int]) -> float:
+        """States in pages of the host come over its link for the update and go back."""
+        dense, expert = self.moments(stage, paged=True)
+        moved = 2 * (dense / degrees[0] + expert / degrees[1])
+        link = self.cluster.accelerator.pcie_bandwidth
+        if not moved:
+            return 0.0
+        if link is None:
+            name = self.cluster.accelerator.name
+            raise UnsupportedError(f"the profile of {name} has no link to its host; use an optimizer that is not paged")
+        return self.engine.stream_s(moved, "optimizer") + moved / link
+
+    def _projections_s(self, stage: Stage) -> float:
+        """Gradients projected down and updates projected back, where moments are kept of a projection."""
+        seconds = 0.0
+        for graph, times in (*stage.layers, *((graph, 1) for graph in stage.extras)):
+            for weight in graph.weights:
+                if weight.trained and weight.moment_rank:
+                    *batch, rows, columns = (self.layout.size(axis) for axis in weight.axes)
+                    rank = min(weight.moment_rank, rows, columns)
+                    products = (max(rows, columns), rank, min(rows, columns)), (rows, columns, rank)
+                    price_of = self.engine.kernels.matmul
+                    seconds += times * sum(price_of(*p, self.engine.high_precision, prod(batch)) for p in products)
+        return seconds
+
+    def moments(self, stage: Stage, paged: bool = False) -> tuple[float, float]:
         """Bytes of optimizer moments of a stage's dense and expert weights, before sharding."""
         element = self.states.moment_element
-        return stage_moments(stage, self.layout, self.plan.pp, self.training.optimizer, element)
+        return stage_moments(stage, self.layout, self.plan.pp, self.training.optimizer, element, paged)
 
     def owned_moments(self, stage: Stage) -> tuple[float, float]:
         """The same on one rank."""
@@ -364,7 +406,7 @@ class Step:
 
     def recompute_flops(self) -> int:
         """FLOPs of the step that recomputation adds, over full attention."""
-        layout = Layout(seq_len=self.training.seq_len, prefix_len=self.prefix_len)
+        layout = Layout(seq_len=self.training.seq_len + self.graph.virtual_tokens, prefix_len=self.prefix_len)
         policy = self.plan.recompute
         total = 0.0
         for graph, times in self.graph.layer_parts:

@@ -84,7 +84,7 @@ def _exchanges(step: Step, rank: int) -> Iterator[tuple[Exchange, float]]:
             yield Exchange(item.group, item.op, group, item.size_bytes), item.count * times * m
         if plan.shards_parameters:
             weights = block_weights(graph, step.layout)
-            yield from ((x, 2 * times * m * x.times) for x in step.gathers(*weights))
+            yield from ((x, 2 * times * m * x.times) for x in step.block_gathers(graph))
             yield from ((x, times * m * x.times) for x in step.reductions(*weights))
     if not plan.shards_parameters:
         weights = stage_weights(stage, step.layout, plan.pp)

@@ -195,14 +195,14 @@ def state_what_is_not_modelled(row: Row) -> None:
 
 
 def check_task(row: Row) -> None:
-    """Refuse what is not training of all parameters.
+    """Refuse what is neither training of all parameters nor LoRA.
 
     Raises
     ------
     InputError
     """
     task = row.text("task").casefold()
-    if task not in ("", "pretrain", "pretraining", "sft"):
-        raise InputError(f"task={task} is not modelled here; full training (pretrain, sft) is")
+    if task not in ("", "pretrain", "pretraining", "sft", "lora"):
+        raise InputError(f"task={task} is not modelled here; full training (pretrain, sft) and lora are")
     if task == "sft":
         row.assume("fine-tuning of all parameters costs what pre-training costs; packed sequences count as full")

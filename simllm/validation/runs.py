@@ -18,6 +18,7 @@ from simllm.hardware.stack import load_stack
 from simllm.models import Model
 from simllm.models.spec import ModelSpec
 from simllm.training import Estimate, Training, estimate
+from simllm.validation.row_method import fine_tuned, must_have_fitted
 from simllm.validation.row_model import check_parameters, model_spec
 from simllm.validation.row_plan import run_cluster, run_plan
 from simllm.validation.row_stack import (
@@ -275,10 +276,11 @@ def _price(row: Row, models: dict[ModelSpec, Model], constants: Constants | None
     spec = model_spec(row, seq_len, dropout_of(row, base))
     model = models.setdefault(spec, Model(spec))
     check_parameters(row, model)
+    model = fine_tuned(row, model)
     stack = run_stack(row, base, load_stack if constants is None else constants.load_stack)
     plan = run_plan(row, model, cluster, stack, base, seq_len)
     state_what_is_not_modelled(row)
-    return estimate(model, cluster, plan, Training(seq_len=seq_len, stack=stack))
+    return must_have_fitted(row, estimate(model, cluster, plan, Training(seq_len=seq_len, stack=stack)))
 
 
 def _measured_step_time(row: Row) -> float | None:

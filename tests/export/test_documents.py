@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from simllm import Cluster, Model, Plan, Training, estimate
-from simllm.errors import InputError
+from simllm.errors import InputError, UnsupportedError
 from simllm.export import Job
 from simllm.models.activations import Recompute
 
@@ -41,3 +41,17 @@ def test_a_model_that_no_config_makes_is_asked_for() -> None:
     with pytest.raises(InputError, match="give --model"):
         Job.from_document(document)
     assert Job.from_document(document, model=model).model is model
+
+
+def test_a_fine_tuned_model_is_refused_by_its_method() -> None:
+    tuned = Model.load("llama-3-8b").finetuned("lora", rank=8)
+    answer = estimate(tuned, Cluster.load("dgx-h100", 8), Plan(dp=8, global_batch_size=8), Training(seq_len=2048))
+    document = json.loads(json.dumps(answer.to_dict()))
+    assert document["setup"]["method"] == "lora"
+    for ask in (
+        lambda: Job.of(answer),
+        lambda: Job.from_document(document),
+        lambda: Job.from_document(document, model=Model.load("llama-3-8b")),
+    ):
+        with pytest.raises(UnsupportedError, match="llama-3-8b fine-tuned with lora cannot be exported"):
+            ask()

@@ -67,7 +67,11 @@ def test_changed_file_is_read_again(card: Path) -> None:
         ("value: 80", "value: 0", ["memory", "0 must be above zero"]),
         ("value: 80", "value: 80GB", ["memory.value", "expected `int | float`", "'80GB'"]),
         ("value: 80", "value: true", ["memory.value", "expected `int | float`", "True"]),
-        ("basis: measured", "basis: guessed", ["memory_bandwidth.basis", "'guessed'", "measured, vendor, derived, fitted or"]),
+        (
+            "basis: measured",
+            "basis: guessed",
+            ["memory_bandwidth.basis", "'guessed'", "measured, vendor, derived, fitted or"],
+        ),
         ("source: my own copy kernel", "source: ''", ["memory_bandwidth", "source is empty"]),
         ("kind: accelerator", "kind: gpu", ["unknown kind of profile 'gpu'", "accelerator"]),
         ("kind: accelerator\n", "", ["the key `kind` is missing", "accelerator"]),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -94,6 +96,43 @@ def test_arrays_equal_scalar_estimates(
     found = evaluated(model, cluster, training, batch, few, unfused=True)
     assert len(found)
     assert_equal_to_scalar(found, model, training, sample=25, seed=seed)
+
+
+@settings(
+    max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate]
+)
+@given(
+    name=st.sampled_from(["llama-3-8b", "gpt2", "mixtral-8x7b"]),
+    tuned=st.sampled_from(
+        [("lora", {"rank": 8, "targets": "all-linear"}), ("qlora", {"rank": 8, "paged": True}), ("galore", {})]
+    ),
+    where=st.sampled_from(CLUSTERS[:3]),
+    stack=st.sampled_from(["hf-peft", "megatron-core", "torchtitan"]),
+    offloads=st.booleans(),
+    seed=st.integers(0, 2**32),
+)
+def test_arrays_equal_scalar_estimates_of_fine_tuned_models(
+    name: str, tuned: tuple[str, dict[str, Any]], where: tuple[str, int], stack: str, offloads: bool, seed: int
+) -> None:
+    model, cluster = Model.load(name).finetuned(tuned[0], **tuned[1]), Cluster.load(*where)
+    training = Training(seq_len=1024, stack=stack)
+    few = Constraints(micro_batch_size=(1, 4), cp=(1, 2), ep=(1, 2) if name.startswith("mixtral") else ())
+    if offloads and cluster.host is not None:
+        few = replace(few, offload=(Offload(), Offload.parse("parameters,activations")))
+    found = evaluated(model, cluster, training, 48 if cluster.num_gpus % 3 == 0 else 64, few)
+    assert len(found)
+    assert_equal_to_scalar(found, model, training, sample=25, seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "seq_len"),
+    [("prompt", {"virtual_tokens": 16}, 1008), ("prefix", {"virtual_tokens": 8}, 512), ("freeze", {"top": 2}, 512)],
+)
+def test_learned_tokens_and_frozen_stages_are_in_the_arrays(method: str, options: dict[str, int], seq_len: int) -> None:
+    model, training = Model.load("llama-3-8b").finetuned(method, **options), Training(seq_len=seq_len, stack="hf-peft")
+    found = evaluated(model, Cluster.load("dgx-a100", 16), training, 32, Constraints(micro_batch_size=(1, 2)))
+    assert {int(found.cells.columns["tp"][cell]) for cell in found.cell} == {1, 2, 4, 8}
+    assert_equal_to_scalar(found, model, training, sample=60)
 
 
 def test_question_of_the_benchmark_equals_scalar_estimates() -> None:

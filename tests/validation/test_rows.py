@@ -247,10 +247,11 @@ class TestStack:
         assert dropout_of(row_of(good), "megatron-deepspeed") == 0.1
         assert dropout_of(row_of(good), "nemo") == 0
 
-    def test_only_full_training(self, good):
-        with pytest.raises(InputError, match="task=lora is not modelled"):
-            check_task(row_of(good, task="LoRA"))
+    def test_only_full_training_and_lora(self, good):
+        with pytest.raises(InputError, match="task=qlora is not modelled"):
+            check_task(row_of(good, task="QLoRA"))
         check_task(row_of(good, task=""))
+        check_task(row_of(good, task="LoRA"))
 
     def test_multi_token_prediction_is_only_missing_where_it_was_on(self, good):
         on, off = row_of(good, notes="MTP presumably on"), row_of(good, model_name="DeepSeekV3 (w/o MTP)")

@@ -107,7 +107,7 @@ class TestBadInput:
             ({"seq_len": "-1"}, "seq_len=-1 must be from 1"),
             ({"zero": "2", "pp": "2", "dp": "4", "grad_accum": "16"}, "zero=2 with pp=2"),
             ({"precision": "nvfp4", "gpu": "a100-sxm-80gb"}, "nvfp4"),
-            ({"task": "lora"}, "task=lora"),
+            ({"task": "qlora"}, "task=qlora"),
         ],
     )
     def test_what_is_wrong_with_a_row_is_its_reason(self, table, cells, says):

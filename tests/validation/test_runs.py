@@ -222,7 +222,7 @@ class TestPublished:
         for row in rows.values():
             assert abs(row.predicted_step_time_s / row.measured_step_time_s - 1) < 0.15
             if row.measured_peak_memory_bytes:
-                assert -0.01 < row.predicted_peak_memory_bytes / row.measured_peak_memory_bytes - 1 < 0.1
+                assert -0.03 < row.predicted_peak_memory_bytes / row.measured_peak_memory_bytes - 1 < 0.1
         # What a schedule buys over 1F1B on the same model, micro-batch and number of micro-batches.
         for better, rival in (
             ("zb-t4-6.2b-zb-2p-b3-m24", "zb-t4-6.2b-1f1b-b3-m24"),

@@ -149,7 +149,7 @@ def test_calibrate_collectives(cli, tmp_path: Path, monkeypatch) -> None:
     result = cli("calibrate collectives run.log -o links.yaml --plot residuals.png")
     assert (result.status, result.err) == (0, "")
     assert narrow(result.out)
-    for words in ("nvlink4  21 points", "written to links.yaml", "ring.efficiency", "all_reduce", "worst points"):
+    for words in ("nvlink4  21 points", "written to links.yaml", "switch.efficiency", "all_reduce", "worst points"):
         assert words in result.out
     assert check_profile("links.yaml") == []
     assert "fit of simllm.network.calibrate to run.log, 21 points" in Path("links.yaml").read_text()

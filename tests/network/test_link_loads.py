@@ -190,15 +190,13 @@ def _check_bound(operation: str, view: Fabric, schedule: list[Phase]) -> None:
 
 
 def test_all_to_all_of_a_cube_mesh_is_above_every_cut() -> None:
-    cluster, graph, view = _case("dgx-1v", 8)
+    _, graph, view = _case("dgx-1v", 8)
     terms = choices("all_to_all", view, "pairwise")[-1]
     (loads,) = link_loads(graph, all_to_all_schedule(8), range(8), 8)
     worst = 0.0
     for size in range(1, 5):
         for part in combinations(range(8), size):
-            across = sum(
-                edge["bandwidth"] for a, b, edge in graph.edges(data=True) if (a[1] in part) != (b[1] in part)
-            )
+            across = sum(edge["bandwidth"] for a, b, edge in graph.edges(data=True) if (a[1] in part) != (b[1] in part))
             worst = max(worst, size * (8 - size) / 8 / across)
     # The halves of the cube: 16 slots of an eighth each way over 6 links of 25 GB/s.
     assert worst == pytest.approx(16 / 8 / 150e9)

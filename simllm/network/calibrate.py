@@ -285,7 +285,8 @@ def _near(link: Link, classes: Mapping[str, Link]) -> dict[str, float]:
     if link.like is None:
         return {}
     other = classes.get(link.like) or load_link(link.like)
-    figures, near, farther = figures_of(link), figures_of(other), _near(other, classes)
+    figures, near = figures_of(link), figures_of(other)
+    farther = {} if other.name == link.name else _near(other, classes)  # a fit to one machine stays near its class
     found = {}
     for path, figure in figures.items():
         there = path if path in near else path.replace("pair.", "ring.")

@@ -122,6 +122,12 @@ def calibrate(
     near = _near(link, known)
     centre = np.log([max(near.get(path, figures[path].value), 1e-3) for path in smooth])
 
+    own = {path: there for path, there in _own_rings(link).items() if there in smooth}
+
+    def with_logs(base: Link, logs: NDArray[np.float64]) -> Link:
+        values = dict(zip(smooth, np.exp(logs), strict=True))
+        return _with_values(base, values | {path: values[there] for path, there in own.items()})
+
     priced: list[Any] = [None] * len(used)
 
     def errors(trial: Link) -> NDArray[np.float64]:
@@ -134,7 +140,7 @@ def calibrate(
         return np.asarray(np.log(np.concatenate([times for _, times in priced])) - measured)
 
     def residuals(logs: NDArray[np.float64], base: Link) -> NDArray[np.float64]:
-        found = errors(_with_values(base, dict(zip(smooth, np.exp(logs), strict=True))))
+        found = errors(with_logs(base, logs))
         return np.concatenate([found, _PULL * (logs - centre)])
 
     def fit(base: Link, logs: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -151,7 +157,7 @@ def calibrate(
 
     logs = fit(link, start)
     for _ in range(2 if slots else 0):
-        here = _with_values(link, dict(zip(smooth, np.exp(logs), strict=True)))
+        here = with_logs(link, logs)
         for path in slots:
             scale = to_si(1, figures[path].unit)
             trials = [_with_values(link, {path: slot / scale}) for slot in _SLOTS]
@@ -160,8 +166,7 @@ def calibrate(
             here = _with_values(here, {path: figures_of(link)[path].value})
         logs = fit(link, logs)
     # Three digits are more than the measurements hold, and a profile that people can read.
-    values = [float(f"{value:.3g}") for value in np.exp(logs)]
-    fitted = _with_values(link, dict(zip(smooth, values, strict=True)))
+    fitted = with_logs(link, np.log([float(f"{value:.3g}") for value in np.exp(logs)]))
     off = np.abs(np.expm1(errors(fitted)))
     return Calibration(
         link=fitted,
@@ -272,12 +277,38 @@ def _part_like(own: Part, other: Part) -> Part:
 
 
 def _near(link: Link, classes: Mapping[str, Link]) -> dict[str, float]:
-    """Figures of the class that this one is like, in its own units, by key path; of its rings for unknown pairs."""
+    """Figures of the class that this one is like, in its own units, by key path; of its rings for unknown pairs.
+
+    A figure that the other class takes from a third one may come from this one in the end and says nothing about it:
+    what that class is like in its turn stands in.
+    """
     if link.like is None:
         return {}
-    figures, near = figures_of(link), figures_of(classes.get(link.like) or load_link(link.like))
-    there = {path: path if path in near else path.replace("pair.", "ring.") for path in figures}
-    return {path: _in_unit(figure, near[there[path]]) for path, figure in figures.items() if there[path] in near}
+    other = classes.get(link.like) or load_link(link.like)
+    figures, near = figures_of(link), figures_of(other)
+    farther = {} if other.name == link.name else _near(other, classes)  # a fit to one machine stays near its class
+    found = {}
+    for path, figure in figures.items():
+        there = path if path in near else path.replace("pair.", "ring.")
+        if there not in near:
+            continue
+        match = _BY_CLASS.match(near[there].source)
+        if match and match[1] != other.name and there in farther:
+            found[path] = farther[there] * to_si(1, near[there].unit) / to_si(1, figure.unit)
+        else:
+            found[path] = _in_unit(figure, near[there])
+    return found
+
+
+def _own_rings(link: Link) -> dict[str, str]:
+    """Figures that a class takes from its own rings: their key paths and those of the rings."""
+    figures = figures_of(link)
+    rings = {
+        path: f"ring.{path.partition('.')[2]}"
+        for path, figure in figures.items()
+        if (match := _BY_CLASS.match(figure.source)) and match[1] == link.name
+    }
+    return {path: ring for path, ring in rings.items() if ring in figures and figures[ring].unit == figures[path].unit}
 
 
 def _followed(link: Link, classes: Mapping[str, Link]) -> Link:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from simllm.errors import InputError
 from simllm.hardware.fabric import CubeMesh, Mesh, Torus
 from simllm.hardware.links import Curve, Link, load_link
+from simllm.network.cube import slots_per_link
 from simllm.network.group import Group, Spread, spread
 from simllm.network.torus import Grid, grid
 
@@ -64,7 +65,7 @@ class Fabric:
     up_bandwidth : float
         What one GPU can send to the other members of its domain at once, bytes/s.
     shuffle_bandwidth : float
-        The same when every member sends different bytes to every other; less than `up_bandwidth` on a torus.
+        The same when every member sends different bytes to every other; less than `up_bandwidth` on a torus or cube.
     pair_bandwidth : float
         What one GPU can send to its neighbour in the group, bytes/s.
     cuts : tuple of Cut
@@ -156,13 +157,23 @@ def fabric(cluster: Cluster, group: Group) -> Fabric:
         up=up,
         out=out,
         up_bandwidth=axes.ring_bandwidth if axes else wire if paired else bandwidth,
-        shuffle_bandwidth=axes.shuffle_bandwidth if axes else bandwidth,
+        shuffle_bandwidth=axes.shuffle_bandwidth if axes else _shuffled(cluster, domain.most, group.stride, bandwidth),
         pair_bandwidth=axes.pair_bandwidth if axes else min(bandwidth, _pair_bandwidth(cluster)),
         cuts=cuts,
         grid=axes,
         paired=paired,
         ranks_per_process=group.ranks_per_process,
     )
+
+
+def _shuffled(cluster: Cluster, members: int, stride: int, bandwidth: float) -> float:
+    """What a GPU sends in an all-to-all: on a cube mesh the links also carry what members hand on for others."""
+    wiring = cluster.scaleup_fabric
+    if not isinstance(wiring, CubeMesh) or members < 2:
+        return bandwidth
+    ranks = tuple(i * stride for i in range(members))
+    slots = slots_per_link(wiring.wires, cluster.gpus_per_domain, ranks)
+    return min(bandwidth, cluster.scaleup_bandwidth / wiring.links_per_device * (members - 1) / slots)
 
 
 def _between_islands(cluster: Cluster, reach: int) -> float | None:

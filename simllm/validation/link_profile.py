@@ -40,10 +40,12 @@ def _summary(found: FittedSweep) -> str:
     )
 
 
-def _part_yaml(name: str, part: msgspec.Struct, indent: str) -> list[str]:
-    """A figure on one line, or a part with its own figures and parts below it."""
+def _part_yaml(name: str, part: msgspec.Struct | str, indent: str) -> list[str]:
+    """A figure or text on one line, or a part with its own figures and parts below it."""
     if isinstance(part, Figure):
         return [f"{indent}{name}: {_figure_yaml(part)}"]
+    if isinstance(part, str):
+        return [f"{indent}{name}: {json.dumps(part)}"]
     lines = [f"{indent}{name}:"]
     for key in part.__struct_fields__:
         value = getattr(part, key)

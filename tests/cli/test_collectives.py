@@ -149,7 +149,7 @@ def test_calibrate_collectives(cli, tmp_path: Path, monkeypatch) -> None:
     result = cli("calibrate collectives run.log -o links.yaml --plot residuals.png")
     assert (result.status, result.err) == (0, "")
     assert narrow(result.out)
-    for words in ("nvlink4  21 points", "written to links.yaml", "ring.efficiency", "all_reduce", "worst points"):
+    for words in ("nvlink4  21 points", "written to links.yaml", "switch.efficiency", "all_reduce", "worst points"):
         assert words in result.out
     assert check_profile("links.yaml") == []
     assert "fit of simllm.network.calibrate to run.log, 21 points" in Path("links.yaml").read_text()
@@ -158,7 +158,7 @@ def test_calibrate_collectives(cli, tmp_path: Path, monkeypatch) -> None:
     (link,) = answer["links"]
     assert Path("again.yaml").read_text() == Path("links.yaml").read_text()
     assert (link["name"], link["points"], answer["written"]) == ("nvlink4", 21, {"nvlink4": "again.yaml"})
-    assert link["median_absolute_percentage_error"] < 2
+    assert link["median_absolute_percentage_error"] < 3
     assert {"before", "fitted", "unit"} == set(link["figures"]["ring.launch"])
     assert len(link["sweeps"][0]["residuals"]) == 21
     assert cli("hardware check links.yaml").status == 0

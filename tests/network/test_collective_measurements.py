@@ -45,7 +45,7 @@ def test_most_usable_points_can_be_priced() -> None:
 
 @pytest.mark.parametrize(
     ("low", "high", "median", "p90"),
-    [(64e6, 1e12, 0.03, 0.11), (65536, 64e6, 0.07, 0.35), (0, 65536, 0.04, 0.18)],
+    [(64e6, 1e12, 0.035, 0.11), (65536, 64e6, 0.07, 0.35), (0, 65536, 0.04, 0.18)],
 )
 def test_errors_by_size(low: float, high: float, median: float, p90: float) -> None:
     absolute = np.abs(np.concatenate([np.array(found) for found in errors(low, high).values()]))

@@ -164,5 +164,10 @@ def test_choice_follows_size_and_scale() -> None:
     assert (large.algorithm, large.protocol) == ("nvls", "Simple")
     small, large = (price("all_reduce", size, h100, Group(size=256)) for size in (1024, 2**30))
     assert (small.algorithm, small.protocol) == ("tree", "LL")
-    assert (large.algorithm, large.protocol) == ("nvls_tree", "Simple")
+    # The two trees differ by their part inside the domains, which the NICs hide: either may be the cheaper one.
+    assert large.protocol == "Simple"
+    tree, switched = (price("all_reduce", 2**30, h100, Group(size=256), name) for name in ("tree", "nvls_tree"))
+    assert large in (tree, switched)
+    assert tree.time_s == pytest.approx(switched.time_s, rel=0.05)
+    assert price("all_reduce", 2**30, h100, Group(size=16)).algorithm == "nvls_tree"
     assert price("all_reduce", 2**30, CLUSTERS["tpu-v5e-pod"], Group(size=512)).algorithm == "hierarchical"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import replace
 from functools import lru_cache
+from itertools import combinations
 from typing import Any
 
 import msgspec
@@ -48,6 +49,8 @@ SYSTEMS = [
     ("dgx-a100", 32),
     ("dgx-2", 16),
     ("dgx-1v", 8),
+    ("dgx-1v", 16),
+    ("aws-p3dn", 8),
     ("abci-v", 16),
     ("aws-p4d", 32),
     ("gb200-nvl72", 72),
@@ -94,8 +97,11 @@ def _schedules(cluster: Cluster, view: Fabric) -> dict[tuple[str, str], list[Pha
             ("all_reduce", "torus"): torus_schedule(cluster.torus_shape, 2),
             ("all_gather", "torus"): torus_schedule(cluster.torus_shape, 1),
         }
-    if isinstance(wiring, CubeMesh) and view.out is None:
-        return {(op, "ring"): cube_rings(wiring.wires, n, k) for op, k in (("all_reduce", 2), ("all_gather", 1))}
+    if isinstance(wiring, CubeMesh):
+        if view.out is not None:
+            return {("all_to_all", "pairwise"): all_to_all_schedule(n), ("all_to_all", "pxn"): pxn_schedule(n, g)}
+        rings = {(op, "ring"): cube_rings(wiring.wires, n, k) for op, k in (("all_reduce", 2), ("all_gather", 1))}
+        return rings | {("all_to_all", "pairwise"): all_to_all_schedule(n)}
     mesh = cluster.scaleup_topology == "mesh"
     found = {}
     for op, k in (("all_reduce", 2), ("all_gather", 1), ("reduce_scatter", 1)):
@@ -181,6 +187,24 @@ def _check_bound(operation: str, view: Fabric, schedule: list[Phase]) -> None:
             assert sent["domain", domain] >= (blocks - 1) / blocks - 1e-9
         if operation in ("all_reduce", "all_gather"):
             assert received["domain", domain] >= (blocks - 1) / blocks - 1e-9
+
+
+def test_all_to_all_of_a_cube_mesh_is_above_every_cut() -> None:
+    _, graph, view = _case("dgx-1v", 8)
+    terms = choices("all_to_all", view, "pairwise")[-1]
+    (loads,) = link_loads(graph, all_to_all_schedule(8), range(8), 8)
+    worst = 0.0
+    for size in range(1, 5):
+        for part in combinations(range(8), size):
+            across = sum(edge["bandwidth"] for a, b, edge in graph.edges(data=True) if (a[1] in part) != (b[1] in part))
+            worst = max(worst, size * (8 - size) / 8 / across)
+    # The halves of the cube: 16 slots of an eighth each way over 6 links of 25 GB/s.
+    assert worst == pytest.approx(16 / 8 / 150e9)
+    assert terms.s_per_byte >= worst
+    # The one link from 2 to 6 carries their own slot, parts of those from 2 to 4, 5, 7 and of those from 0, 1, 3 to 6.
+    slots = 1 + (1 / 2 + 1 / 3 + 1 / 3) + (1 / 3 + 1 / 2 + 2 / 3)
+    assert loads[("gpu", 2), ("gpu", 6)] == pytest.approx(slots / 8)
+    assert terms.s_per_byte == pytest.approx(slots / 8 / 25e9, rel=1e-9)
 
 
 def test_pat_sends_each_part_once() -> None:

@@ -113,19 +113,35 @@ def sharded_pipeline_peak(actions: Iterable[Action], chunks: Sequence[ShardedChu
     frees : bool
         Whether a forward pass frees what was gathered (stage 3).
     """
-    gathered, gradients = [0.0] * len(chunks), [0.0] * len(chunks)
+    gathered, gradients, received = ([0.0] * len(chunks) for _ in range(3))
     held = peak = 0.0
     for action in actions:
         chunk, number = chunks[action.chunk], action.chunk
+        elsewhere = held + sum(gathered) - gathered[number] + sum(received) - received[number] + sum(gradients)
         if action.kind == "F":
+            peak = max(peak, elsewhere + _forward(chunk, gathered[number] > 0))
+            # What the last layer was gathered in stays until the chunk gathers again.
+            received[number] = 0.0 if gathered[number] else chunk.layers[-1].units[-1]
             held += chunk.kept
             gathered[number] = 0.0 if frees else chunk.gathered
             continue
         held -= chunk.kept
-        elsewhere = held + sum(gathered) - gathered[number] + sum(gradients) - gradients[number]
+        received[number] = 0.0
+        elsewhere -= chunk.kept + gradients[number]
         peak = max(peak, elsewhere + _backward(chunk, gathered[number] > 0, gradients[number] > 0))
         gathered[number], gradients[number] = chunk.gathered, chunk.gradients
     return max(peak, _reductions(chunks))
+
+
+def _forward(chunk: ShardedChunk, all_gathered: bool) -> float:
+    """Bytes of the chunk, and of its micro-batch, that goes forward: layers are freed behind it."""
+    gathered = chunk.gathered if all_gathered else chunk.root
+    kept, peak = chunk.stem.kept, 0.0
+    for layer in chunk.layers:
+        kept += layer.kept
+        peak = max(peak, kept + gathered + (0.0 if all_gathered else 2 * layer.gathered))
+        gathered -= layer.gathered if all_gathered else 0.0
+    return peak
 
 
 def _backward(chunk: ShardedChunk, all_gathered: bool, again: bool) -> float:
@@ -134,7 +150,8 @@ def _backward(chunk: ShardedChunk, all_gathered: bool, again: bool) -> float:
     gathered = chunk.gathered if all_gathered else chunk.root
     gradients = chunk.gradients if again else 0.0
     left = sum(layer.kept for layer in chunk.layers) + stem.kept
-    peak = left + head.kept + head.working + gathered + gradients
+    following = 0.0 if all_gathered else chunk.layers[-1].units[0]
+    peak = left + head.kept + head.working + gathered + following + gradients
     made = sum(head.made) if not again or head.copied != 1.0 else 0.0  # those of the head wait for the end
     for i, layer in reversed(list(enumerate(chunk.layers))):
         for unit in layer.units if not all_gathered else ():

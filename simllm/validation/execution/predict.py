@@ -21,6 +21,7 @@ from simllm.parallel.schedules import Action, in_flight_chunks, schedule_actions
 from simllm.parallel.stages import Stage, pipeline_stages
 from simllm.validation.execution.case import Case, Groups, group_ranks
 from simllm.validation.execution.peak import backward_peak, loss_workspace
+from simllm.validation.execution.sharded_pipeline import ShardedBlock, ShardedChunk, sharded_pipeline_peak
 from simllm.validation.execution.weights import (
     Parameter,
     Unit,
@@ -391,8 +392,59 @@ class _Predictor:
         if plan.pp > 1:
             before += self._pipeline_buffers(chunks)
             before += (chunks - 1) * head if plan.schedule == "gpipe" else 0
-        backward = before + max(self._moments(own, head, layers))
+        if plan.pp > 1 and self.case.fully_sharded:
+            backward = self._pipeline_buffers(chunks) + self._sharded_pipeline(saved)
+        else:
+            backward = before + max(self._moments(own, head, layers))
         return sum(persistent.values()) + self._always() + max(backward, *self._after())
+
+    def _sharded_pipeline(self, saved: dict[str, int]) -> float:
+        """The states of FSDP2 and the activations along the actions of a pipeline rank."""
+        bytes_of_gradient = 2 if self.plan.precision == "bf16" else 4
+
+        def whole(parameter: Parameter) -> int:
+            if parameter.name != "token.weight" or not self.stage.first:
+                return parameter.elements
+            more = (self.plan.tp - 1) * parameter.elements
+            why = "distributed tensors make the gradient of a table that is split by rows whole on every rank"
+            self.term("peak memory", more * 4, why)
+            return parameter.elements + more
+
+        def block(units: Iterable[Unit], **sizes: float) -> ShardedBlock:
+            own = list(units)
+            gathered = [unit.gathered(self._shard_ranks(unit)) for unit in own]
+            return ShardedBlock(
+                units=tuple(size * self.case.states.gathered for size in gathered),
+                reduced=tuple(4.0 * size for size in gathered),
+                made=tuple(float(whole(p) * bytes_of_gradient) for unit in own for p in unit.parameters),
+                copied=4 / bytes_of_gradient,
+                **sizes,
+            )
+
+        layers: list[ShardedBlock] = []
+        apart = [unit for unit in self.units if not unit.root]
+        for index, graph in self.layers:
+            own = [apart.pop(0), *([apart.pop(0)] if apart and apart[0].experts else [])]
+            walks = [
+                backward_peak(graph, self.layout, self.impl, bytes_of_gradient, keeps)
+                for keeps in (True, bytes_of_gradient == 2)
+            ]
+            layers.append(block(own, kept=saved[f"layers.{index}"], working=walks[0], working_again=walks[1]))
+        root = [unit for unit in self.units if unit.root]
+        stem = block(root[: self.stage.first], kept=saved.get("stem", 0))
+        loss = loss_workspace(self.graph.head, self.layout, self.plan.tp > 1) if self.stage.last else 0.0
+        head = block(root[-1:] if self.stage.last else (), kept=saved.get("head", 0), working=loss)
+        vpp, nothing = self.plan.vpp, ShardedBlock(copied=4 / bytes_of_gradient)
+        each = len(layers) // vpp
+        chunks = [
+            ShardedChunk(
+                layers=tuple(layers[i * each : (i + 1) * each]),
+                stem=stem if i == 0 else nothing,
+                head=head if i == vpp - 1 else nothing,
+            )
+            for i in range(vpp)
+        ]
+        return sharded_pipeline_peak(self.actions, chunks, frees=self.plan.zero != "2")
 
     def _pipeline_buffers(self, chunks: int) -> float:
         """What a stage sent stays until its gradient is back; buffers that gradients came in stay for the next step.
@@ -464,11 +516,8 @@ class _Predictor:
         own = {id(unit) for unit in last}
         # The next one is on its way: of a layer with experts apart, the part outside of them.
         held = gathered(u for u in self.units if u.root or (not loss and id(u) in own)) + gathered(last[:1])
-        if self.plan.zero == "2" or self.plan.vpp > 1:
+        if self.plan.zero == "2":
             held = gathered(self.units)
-        if self.plan.pp > 1:
-            # Gradients of the whole stage wait for the last micro-batch.
-            return held + sum(4.0 * p.elements for unit in self.units for p in unit.parameters)
         return held + (0.0 if loss else self._head_gradients(2 if self.plan.precision == "bf16" else 4))
 
     # -- saved tensors ---------------------------------------------------------------------------------------------

@@ -7,16 +7,18 @@ broadcast, the whole of an all-gather or reduce-scatter, the send buffer of an a
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -83,6 +85,34 @@ class SavedLog:
         return watch
 
 
+class _Propagation(threading.local):
+    """Whether distributed tensors are working out shapes, on tensors of global shape that are nobody's memory."""
+
+    running = False
+
+
+_PROPAGATION = _Propagation()
+
+
+@contextmanager
+def _marked_propagation() -> Iterator[None]:
+    propagator: Any = ShardingPropagator
+    original = propagator._propagate_tensor_meta_non_cached
+
+    def marked(self: Any, schema: Any) -> Any:
+        before, _PROPAGATION.running = _PROPAGATION.running, True
+        try:
+            return original(self, schema)
+        finally:
+            _PROPAGATION.running = before
+
+    propagator._propagate_tensor_meta_non_cached = marked
+    try:
+        yield
+    finally:
+        propagator._propagate_tensor_meta_non_cached = original
+
+
 class _LocalMode(TorchDispatchMode):
     """Sees operators on this rank's plain tensors, not those on distributed ones or of shape propagation."""
 
@@ -90,8 +120,19 @@ class _LocalMode(TorchDispatchMode):
         if any(issubclass(t, DTensor) for t in types):
             return NotImplemented
         result = func(*args, **(kwargs or {}))
-        self.see(func, args, kwargs or {}, result)
+        if not _PROPAGATION.running:
+            self.see(func, args, kwargs or {}, result)
         return result
+
+    def __enter__(self) -> Self:
+        self._marked = _marked_propagation()
+        self._marked.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._marked.__exit__(None, None, None)
 
     def see(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """One operator and what it returned."""

@@ -1,6 +1,7 @@
 """Full-size models on clusters of a thousand ranks, on fake tensors: the same quantities, without a GPU.
 
-Peak memory is compared too, but not held here: at this size the walk through the operators is 11 to 43 % short.
+Peak memory within 3 % too. What its prediction had left out: a pipeline stage under FSDP2 leaves everything that a
+backward pass gathered, and adds up whole gradients in float32; the gradient of a table split by rows is made whole.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def test_fake_cluster(name: str, world: int, degrees: dict[str, int], seq_len: i
     )
     assert plan.num_gpus == world
     comparison = execute_fake(make_case(spec, plan, seq_len))
-    held = [q for q in comparison.quantities if q.quantity != "peak memory"]
-    off = {q.quantity: (q.rank, q.predicted, q.executed) for q in held if not q.ok}
+    off = {q.quantity: (q.rank, q.predicted, q.executed) for q in comparison.quantities if not q.ok}
     assert not off
+    assert "peak memory" in {q.quantity for q in comparison.quantities}
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2e6  # KiB

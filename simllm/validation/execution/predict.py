@@ -447,14 +447,16 @@ class _Predictor:
         return sharded_pipeline_peak(self.actions, chunks, frees=self.plan.zero != "2")
 
     def _pipeline_buffers(self, chunks: int) -> float:
-        """What a stage sent stays until its gradient is back; buffers that gradients came in stay for the next step.
+        """Buffers to receive in, one for each micro-batch, which stay from step to step; what was sent and waits.
 
-        Counted where the last micro-batches are in flight together. Inputs in flight are kept by the first layer.
+        Inputs in flight that the first layer keeps are counted there.
         """
-        size = self.layout.elements(self.graph.layers[-1].output) * self.impl.activation_bytes
-        done = self.m * self.plan.vpp - chunks
-        ahead = not self.stage.last or self.plan.vpp > 1
-        return float(size * (chunks + done + 1)) if ahead else 0.0
+        vpp, size = self.plan.vpp, self.layout.elements(self.graph.layers[-1].output) * self.impl.activation_bytes
+        receiving, sending = vpp - self.stage.first, vpp - self.stage.last
+        first = self.layers[0][1]
+        kept = first.input.name in kept_tensors(first, self.impl) or self.plan.recompute.kind == "full"
+        twice = chunks * receiving / vpp if kept else 0.0
+        return size * (self.m * (receiving + sending) - twice + chunks * sending / vpp)
 
     def _always(self) -> float:
         """The batch, and the tables of positions."""

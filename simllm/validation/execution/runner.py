@@ -145,6 +145,7 @@ class Runner:
             self.optimizer = ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, process_group=group, **options)
         else:
             self.optimizer = torch.optim.AdamW(parameters, **options)
+        self.stages: list[Any] = []
         self.schedule = self._pipeline() if plan.pp > 1 else None
         self.ids, self.labels = self._own_batch(case)
 
@@ -191,7 +192,7 @@ class Runner:
         plan = self.case.plan
         group = self.meshes.whole["pp"].get_group()
         number = plan.pp * plan.vpp
-        stages = []
+        stages = self.stages
         for chunk, module in enumerate(self.modules):
             index = chunk * plan.pp + self.pp_rank
             arguments = self._stage_arguments(index, number)
@@ -322,7 +323,15 @@ class Runner:
             "optimizer": [t for t in states if t.dim() > 0],
             "counters": [t for t in states if t.dim() == 0],
             "tables": [*tables, self.ids, self.labels],
+            "pipeline buffers": list(self._receive_buffers()),
         }
+
+    def _receive_buffers(self) -> Iterator[Tensor]:
+        """What stages of a pipeline receive in: made in the first step, one for each micro-batch."""
+        for stage in self.stages:
+            for infos in (stage.args_recv_info, stage.grad_recv_info):
+                found = [info.buffer for micro_batch in infos.values() for info in micro_batch]
+                yield from (buffer for buffer in found if isinstance(buffer, Tensor))
 
     def timed(self, steps: int) -> list[float]:
         """Seconds of steps that all ranks begin together."""

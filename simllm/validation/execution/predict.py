@@ -449,14 +449,19 @@ class _Predictor:
     def _pipeline_buffers(self, chunks: int) -> float:
         """Buffers to receive in, one for each micro-batch, which stay from step to step; what was sent and waits.
 
-        Inputs in flight that the first layer keeps are counted there.
+        Inputs in flight that the first layer keeps are counted there. Schedules of one chunk wait for a send before the
+        next; those of several wait for all at the end of a step, and until then what was sent stays. Counted when all
+        forward passes are done, the last time that so many are in flight.
         """
         vpp, size = self.plan.vpp, self.layout.elements(self.graph.layers[-1].output) * self.impl.activation_bytes
         receiving, sending = vpp - self.stage.first, vpp - self.stage.last
         first = self.layers[0][1]
         kept = first.input.name in kept_tensors(first, self.impl) or self.plan.recompute.kind == "full"
         twice = chunks * receiving / vpp if kept else 0.0
-        return size * (self.m * (receiving + sending) - twice + chunks * sending / vpp)
+        sent = chunks * sending / vpp
+        if vpp > 1:
+            sent = self.m * sending + (self.m * vpp - chunks) * receiving / vpp
+        return size * (self.m * (receiving + sending) - twice + sent)
 
     def _always(self) -> float:
         """The batch, and the tables of positions."""

@@ -71,7 +71,8 @@ def collective(
     Examples:
       simllm collective all_reduce --size 1GiB --cluster dgx-h100 --gpus 64
       simllm collective all_gather --size 1GiB --cluster dgx-h100 --gpus 512 --ranks 64 --stride 8
-      simllm collective all_reduce --size 1GiB --cluster dgx-a100 --gpus 64 --ranks 8 --stride 8 --concurrent 1
+      simllm collective all_reduce --size 1GB --cluster dgx-a100 --gpus 64 --ranks 8 --stride 8 \\
+        --concurrent 1
       simllm collective all_reduce --size 8GiB --cluster dgx-h100 --gpus 8 --sweep --plot busbw.png
     """
     from simllm import network

@@ -30,7 +30,7 @@ MANY: dict[str, Any] = {
     "models": "llama-2-7b",
     "clusters": "dgx-h100",
     "gpus": [8, 16, 32],
-    "seq_len": [1024 * n for n in range(1, 21)],
+    "seq_len": [1024 * n for n in range(1, 101)],
     "global_batch_size": [64, 128, 256],
     "plans": [{"tp": 2}, {"tp": 4}],
 }
@@ -131,7 +131,7 @@ def _start(folder: Path, *options: str) -> tuple[subprocess.Popen[str], Path]:
     while not journal.exists() or journal.read_bytes().count(b"\n") < 4:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
-        time.sleep(0.005)
+        time.sleep(0.001)
     return process, output
 
 

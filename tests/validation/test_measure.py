@@ -221,9 +221,10 @@ def test_every_command_takes_what_was_written(measured: Path, capsys: pytest.Cap
 
 def test_a_rank_that_fails_ends_all_of_them() -> None:
     pytest.importorskip("torch")
+    before = set(multiprocessing.active_children())
     with pytest.raises(InputError, match=r"a rank failed: rank \d: KeyError"):
         measure_collectives("cpu", 2, 1, [("nonsense", 1024)], 30.0, lambda *point: None)
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= before
 
 
 def test_what_is_not_there_is_said(

@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Real", "larger", "smaller"]
+__all__ = ["Degree", "Real", "larger", "smaller"]
 
 #: A float, or an array of floats.
 Real = TypeVar("Real", float, "NDArray[np.float64]")
+#: A whole number, or an array of them.
+Degree = TypeVar("Degree", int, "NDArray[np.int64]")
 
 
 @overload

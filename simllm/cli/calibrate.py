@@ -183,11 +183,11 @@ def runs(
     """
     from simllm.report.validation import constants_dict, constants_report
     from simllm.validation.run_constants import write_values
-    from simllm.validation.run_fit import RunFit
+    from simllm.validation.run_fit import fitted_constants
 
     passes = count(rounds, "--rounds", maximum=10)
     with progress("passes over the runs") as tick:
-        values = RunFit(file, tick).fitted(passes)
+        values = fitted_constants(file, passes, tick)
     written = [str(path) for path in write_values(values)] if write else []
     emit(lambda: constants_dict(values, written), lambda: constants_report(values, written), as_json)
 

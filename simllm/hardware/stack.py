@@ -136,8 +136,9 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         the product that makes the gradient also adds it.
     moe_permute_traffic : Factor
         Bytes moved to permute tokens to experts and back, relative to one read and one write.
-    context : Bytes
-        Device memory outside the framework's allocator: CUDA context, NCCL.
+    context, communicator : Bytes
+        Device memory outside the framework's allocator: the CUDA context with its libraries, and NCCL's buffers for
+        every group of several ranks that a rank communicates in.
     """
 
     host_per_layer_forward: Seconds
@@ -147,6 +148,7 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     gradient_accumulation: BytesPer
     moe_permute_traffic: Factor
     context: Bytes
+    communicator: Bytes
 
 
 class Stack(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind", tag="stack"):

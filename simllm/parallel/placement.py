@@ -9,10 +9,11 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Literal
 
+from simllm.elementwise import Degree
 from simllm.network import Group
 from simllm.parallel.plan import Plan
 
-__all__ = ["GroupRole", "group_of"]
+__all__ = ["GroupRole", "communicators", "group_of"]
 
 GroupRole = Literal["tp", "cp", "pp", "dp", "ep", "etp", "expert_dp", "hsdp_shard", "hsdp_replicate"]
 
@@ -45,3 +46,14 @@ def group_of(plan: Plan, role: GroupRole, hsdp_shard: int = 0) -> Group:
     if role == "hsdp_shard":
         return Group(size=hsdp_shard, stride=tp)
     return Group(size=plan.cp * plan.dp // hsdp_shard, stride=tp * hsdp_shard)
+
+
+def communicators(tp: Degree, pp: Degree, cp: Degree, dp: Degree, ep: Degree, expert_dp: Degree, hsdp: bool) -> Degree:
+    """Groups of several ranks that a rank communicates in, each with a communicator and buffers of its own.
+
+    >>> communicators(tp=8, pp=2, cp=1, dp=4, ep=1, expert_dp=32, hsdp=False)
+    3
+    """
+    dense: Degree = (tp > 1) * 1 + (pp > 1) * 1 + (cp > 1) * 1 + (dp * cp > 1) * 1
+    experts: Degree = (ep > 1) * 1 + (ep > 1) * (expert_dp > 1)
+    return dense + experts + int(hsdp)

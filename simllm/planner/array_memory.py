@@ -76,14 +76,16 @@ def _held(frame: Frame, structure: Structure, stage: Stage, ranks: tuple[int, ..
 def memory(
     shared: Shared, frame: Frame, structure: Structure, kinds: list[Kind], activations: list[Activations]
 ) -> tuple[Floats, Floats]:
+    costs = shared.training.software.costs
+    context = costs.context.si + (frame.communicators + (structure.zero == "hsdp")) * costs.communicator.si
     peaks, states = [], []
     for kind, use in zip(kinds, activations, strict=True):
         (fixed, _, _) = shared.numbers(frame, structure, ("states", kind.key), partial(_states, stage=kind.stage))
         held = use.held
         if structure.offload.moves("activations"):
             held = resident_activations(kind.stage, held, _one_micro_batch(frame, kind.stage))
-        states.append(fixed)
-        peaks.append(fixed + held + use.at_work)
+        states.append(fixed + context)
+        peaks.append(fixed + context + held + use.at_work)
     return reduce(larger, peaks), reduce(larger, states)
 
 
@@ -123,4 +125,4 @@ def _states(step: Step, stage: Stage) -> tuple[float, float, float]:
     kinds = state_memory(stage, plan, step.layout, step.states, step.training.optimizer, step.hsdp_shard)
     host = take_states(stage, plan, step.layout, step.states, kinds) if plan.offload.anything else {}
     drives = sum(size for name, size in host.items() if name.endswith(":nvme"))
-    return sum(kinds.values()) + step.stack.costs.context.si, sum(host.values()) - drives, drives
+    return sum(kinds.values()), sum(host.values()) - drives, drives

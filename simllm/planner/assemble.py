@@ -22,6 +22,7 @@ from simllm.models import Model
 from simllm.models.graph import Graph
 from simllm.parallel.memory import micro_batch_bytes
 from simllm.parallel.offload import Offload
+from simllm.parallel.placement import communicators
 from simllm.parallel.schedules import SCHEDULES, pipeline_bubble
 from simllm.parallel.stages import Stage
 from simllm.planner.array_memory import activations, memory, on_hosts
@@ -93,7 +94,11 @@ class Assembly:
         _, first, share = np.unique(keys, axis=1, return_index=True, return_inverse=True)
         sharing = tuple(self._fields(int(cells[i]), pp, int(dp[i])) for i in first)
         counts = m.astype(np.float64)
-        frame = Frame(cells, counts, blocks, np.zeros_like(counts), share.ravel(), sharing)
+        tp, cp, ep = (columns[name][cells] for name in ("tp", "cp", "ep"))
+        groups = communicators(
+            tp, np.full_like(tp, pp), cp, dp, ep, tp * cp * dp // (ep * self.cells.etp[cells]), hsdp=False
+        )
+        frame = Frame(cells, counts, blocks, np.zeros_like(counts), groups, share.ravel(), sharing)
         if pp == 1:
             return frame
         plain = Structure(

@@ -66,14 +66,16 @@ class Evaluated:
 class Frame:
     """Cells that make a plan with one pipeline degree and schedule, and their blocks.
 
-    ``share``: for every plan, which of ``sharing`` it is; plans of one have the same weights and the same
-    data-parallel ranks, and ``sharing`` holds a plan's fields for each. ``dealt``: numbers that were dealt out already.
+    ``communicators``: of every plan, HSDP's second group apart. ``share``: for every plan, which of ``sharing`` it is;
+    plans of one have the same weights and the same data-parallel ranks, and ``sharing`` holds a plan's fields for each.
+    ``dealt``: numbers that were dealt out already.
     """
 
     cells: Ints
     num_micro_batches: Floats
     blocks: dict[int, Block]
     transfer_s: Floats
+    communicators: Ints
     share: Ints
     sharing: tuple[dict[str, Any], ...]
     dealt: dict[tuple[Any, ...], list[Floats]] = field(default_factory=dict)

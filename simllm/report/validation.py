@@ -74,15 +74,14 @@ _LEFT_OUT = {
 
 def _cross_validation(found: Mapping[str, Any]) -> list[RenderableType]:
     """Errors in sample and out of it, side by side."""
-    if not found:
-        return []
-    parts: list[RenderableType] = [
-        Text(),
-        paragraph(f"Step times with {found['constants']} run constants fitted to the runs that are not left out:"),
-    ]
-    for tier in found["nothing"]:
-        scores = {words: found[left_out][tier] for left_out, words in _LEFT_OUT.items()}
-        parts += [Text(), _table(f"tier {tier}", scores)]
+    parts: list[RenderableType] = []
+    for quantity, errors in found.items():
+        what = quantity.replace("_", " ")
+        fitted = f"{errors['constants']} run constants fitted to the runs that are not left out"
+        parts += [Text(), paragraph(f"{what.capitalize()} with {fitted}:")]
+        for tier in errors["nothing"]:
+            scores = {words: errors[left_out][tier] for left_out, words in _LEFT_OUT.items()}
+            parts += [Text(), _table(f"{what}, tier {tier}", scores)]
     return parts
 
 

@@ -274,7 +274,7 @@ def align(
         placement=placement,
         passes=tuple(passes),
         kept_bytes=kept,
-        context_bytes=training.software.costs.context.si,
+        context_bytes=one.peak_stage.by_kind["context"],
         capacity_bytes=cluster.accelerator.memory_bytes,
         usable_bytes=one.usable_memory_bytes,
         tokens_per_step=plan.global_batch_size * training.seq_len,

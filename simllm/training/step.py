@@ -15,7 +15,7 @@ from simllm.models.counts import operator_flops
 from simllm.models.graph import Graph, Layout
 from simllm.network import Group, price
 from simllm.parallel.memory import StageMemory, held_along, shard_degrees, stage_kept_bytes, stage_memory
-from simllm.parallel.placement import group_of
+from simllm.parallel.placement import communicators, group_of
 from simllm.parallel.plan import Plan
 from simllm.parallel.schedules import pipeline_bubble
 from simllm.parallel.stages import (
@@ -140,10 +140,18 @@ class Step:
             self.engine.impl,
             self.states,
             self.training.optimizer,
-            self.stack.costs.context.si,
+            self.context_bytes,
             self.hsdp_shard,
             held,
         )
+
+    @property
+    def context_bytes(self) -> float:
+        """Device memory of a rank outside the framework's allocator."""
+        plan, costs = self.plan, self.stack.costs
+        replicas = group_of(plan, "expert_dp").size
+        groups = communicators(plan.tp, plan.pp, plan.cp, plan.dp, plan.ep, replicas, plan.zero == "hsdp")
+        return costs.context.si + groups * costs.communicator.si
 
     def kept_bytes(self, stage: Stage) -> float:
         """Bytes that one micro-batch keeps on a stage for its backward pass."""

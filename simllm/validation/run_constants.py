@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -22,7 +23,21 @@ from simllm.hardware.stack import Stack, load_stack
 from simllm.kernels.profile import load_kernel_profile
 from simllm.kernels.schema import read_kernels
 
-__all__ = ["Constants", "RunConstant", "RunConstants", "run_constants", "shipped_values", "write_values"]
+__all__ = [
+    "QUANTITIES",
+    "Constants",
+    "Quantity",
+    "RunConstant",
+    "RunConstants",
+    "run_constants",
+    "shipped_values",
+    "write_values",
+]
+
+
+#: What of a run constants are fitted to: the two are apart, no constant changes both.
+Quantity = Literal["step_time", "peak_memory"]
+QUANTITIES: tuple[Quantity, ...] = ("step_time", "peak_memory")
 
 
 class RunConstant(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -41,6 +56,8 @@ class RunConstant(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         What is known of it before any run.
     parent : str, optional
         A constant that it resembles, in place of a prior.
+    quantity : {"step_time", "peak_memory"}
+        What of a run it is fitted to.
     """
 
     spread: float
@@ -50,6 +67,7 @@ class RunConstant(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     note: str
     prior: float | None = None
     parent: str | None = None
+    quantity: Quantity = "step_time"
 
     def __post_init__(self) -> None:
         if (self.prior is None) == (self.parent is None):

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 from simllm.errors import InputError
 from simllm.models import Model
 from simllm.models.spec import ModelSpec
-from simllm.validation.run_constants import Constants, run_constants, shipped_values
+from simllm.validation.run_constants import QUANTITIES, Constants, Quantity, run_constants, shipped_values
 from simllm.validation.runs import HEADLINE_TIERS, NEEDED_COLUMNS, RunResult, run_result
-from simllm.validation.scoring import Score, score
+from simllm.validation.scoring import Outcome, Score, score
 from simllm.validation.table import Row, read_table
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float64]
 
-__all__ = ["LEFT_OUT", "RunErrors", "RunFit", "cross_validated", "publication_of", "source_of"]
+__all__ = ["LEFT_OUT", "RunErrors", "RunFit", "cross_validated", "fitted_constants", "publication_of", "source_of"]
 
 #: How far a prediction usually lies off, in logarithms: what a residual is weighed against priors by.
 _USUAL_ERROR = 0.07
@@ -67,6 +67,7 @@ class RunErrors:
 
     Attributes
     ----------
+    quantity : {"step_time", "peak_memory"}
     left_out : str
         One of `LEFT_OUT`.
     rows : tuple of RunResult
@@ -74,6 +75,7 @@ class RunErrors:
         What each row was left out with.
     """
 
+    quantity: Quantity
     left_out: str
     rows: tuple[RunResult, ...]
     parts: tuple[str, ...]
@@ -81,7 +83,7 @@ class RunErrors:
     def score(self, tiers: Iterable[str]) -> Score:
         """Errors of the runs of some tiers."""
         wanted = frozenset(tiers)
-        return score(o for row in self.rows if row.tier in wanted and (o := row.step_time))
+        return score(o for row in self.rows if row.tier in wanted and (o := row.outcome(self.quantity)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,16 +103,19 @@ class RunFit:
     Parameters
     ----------
     path : str or Path
-        As of `simllm.validation.runs.validate_runs`; rows of tier C, rows without a measured step time and rows that
-        are not modelled take no part.
+        As of `simllm.validation.runs.validate_runs`; rows of tier C, rows without a measurement of the quantity and
+        rows that are not modelled take no part.
     progress : callable, optional
         Called with the passes over the runs done and their number.
+    quantity : {"step_time", "peak_memory"}
+        What is fitted, with the constants of this quantity.
     """
 
-    def __init__(self, path: str | Path, progress: _Progress | None = None) -> None:
+    def __init__(self, path: str | Path, progress: _Progress | None = None, quantity: Quantity = "step_time") -> None:
         self._path, self._progress, self._done = path, progress, 0
         self._models: dict[ModelSpec, Model] = {}
-        self.names = tuple(run_constants().constants)
+        self.quantity = quantity
+        self.names = tuple(name for name, one in run_constants().constants.items() if one.quantity == quantity)
         self._depends: list[set[str]] = []
         self._rows: list[Row] = []
         for row in read_table(path, NEEDED_COLUMNS):
@@ -118,11 +123,12 @@ class RunFit:
                 continue
             constants = Constants(shipped_values())
             result = run_result(row, self._models, constants)
-            if result.step_time is not None:
+            if result.outcome(quantity) is not None:
                 self._rows.append(row)
-                self._depends.append(constants.used)
+                self._depends.append(constants.used & set(self.names))
         if not self._rows:
-            raise InputError(f"{path} has no run of tiers A and B with a step time that can be predicted")
+            what = quantity.replace("_", " ")
+            raise InputError(f"{path} has no run of tiers A and B with a {what} that can be predicted")
         self._configurations = self._grouped()
 
     def _grouped(self) -> list[_Configuration]:
@@ -138,7 +144,7 @@ class RunFit:
             found.append(
                 _Configuration(
                     rows=tuple(indices),
-                    measured=median(results[i].measured_step_time_s or 0.0 for i in indices),
+                    measured=median(self._outcome(results[i]).measured for i in indices),
                     fold=f"{publication_of(first.text('source'))}: {first.text('model_name')}",
                     source=source_of(first.text("source"), first.text("gpu")),
                     publication=publication_of(first.text("source")),
@@ -149,20 +155,25 @@ class RunFit:
     # -- predictions ---------------------------------------------------------------------------------------------
 
     def predict(self, values: Mapping[str, float], rows: Iterable[int]) -> dict[int, RunResult]:
-        """Some of the runs with some values of the constants."""
-        constants = Constants(values)
+        """Some of the runs with some values of the constants; those not given as the profiles have them."""
+        constants = Constants(shipped_values() | dict(values))
         return {i: run_result(replace(self._rows[i], assumptions=[]), self._models, constants) for i in rows}
 
+    def _outcome(self, result: RunResult) -> Outcome:
+        found = result.outcome(self.quantity)
+        assert found is not None
+        return found
+
     def _logs(self, values: Mapping[str, float], known: Array | None = None, only: str | None = None) -> Array:
-        """Logarithm of predicted over measured step time by configuration."""
+        """Logarithm of predicted over measured by configuration."""
         import numpy as np
 
         logs = np.zeros(len(self._configurations)) if known is None else known.copy()
         for number, configuration in enumerate(self._configurations):
             if only is not None and not any(only in self._depends[i] for i in configuration.rows):
                 continue
-            predicted = [r.predicted_step_time_s for r in self.predict(values, configuration.rows).values()]
-            logs[number] = np.median(np.log(np.array(predicted, dtype=float))) - np.log(configuration.measured)
+            predicted = [self._outcome(r).predicted for r in self.predict(values, configuration.rows).values()]
+            logs[number] = np.median(np.log(predicted)) - np.log(configuration.measured)
         if self._progress is not None:
             self._done += 1
             self._progress(self._done, len(self.names) + len(LEFT_OUT))
@@ -263,7 +274,10 @@ class RunFit:
             self._progress(self._done, len(self.names) + len(LEFT_OUT))
         ordered = [found[i] for i in sorted(found)]
         return RunErrors(
-            left_out=left_out, rows=tuple(row for row, _ in ordered), parts=tuple(part for _, part in ordered)
+            quantity=self.quantity,
+            left_out=left_out,
+            rows=tuple(row for row, _ in ordered),
+            parts=tuple(part for _, part in ordered),
         )
 
     def _parts(self, left_out: str) -> Sequence[str]:
@@ -283,18 +297,57 @@ class RunFit:
         return len(set().union(*self._depends))
 
 
+def _fits(path: str | Path, progress: _Progress | None) -> list[RunFit]:
+    """A fit for each quantity that the runs of a table measure."""
+    found, problems = [], []
+    for quantity in QUANTITIES:
+        try:
+            found.append(RunFit(path, progress, quantity))
+        except InputError as problem:
+            problems.append(problem)
+    if not found:
+        raise problems[0]
+    return found
+
+
+def fitted_constants(path: str | Path, rounds: int, progress: _Progress | None = None) -> dict[str, float]:
+    """All run constants fitted to the runs of a table; those of a quantity that no run measures are left out.
+
+    Parameters
+    ----------
+    path : str or Path
+    rounds : int
+        As of `RunFit.fitted`.
+    progress : callable, optional
+
+    Raises
+    ------
+    InputError
+        No run measures anything.
+    """
+    return {name: value for fit in _fits(path, progress) for name, value in fit.fitted(rounds).items()}
+
+
 def cross_validated(path: str | Path, progress: _Progress | None = None) -> dict[str, object]:
     """Errors by tier of predictions that have not seen a part of the runs.
 
     Returns
     -------
     dict
-        ``constants``: how many were fitted; and for everything in `LEFT_OUT` the scores of tier A, tier B and both.
+        For ``step_time`` and ``peak_memory``: ``constants``, how many were fitted; and for everything in `LEFT_OUT`
+        the scores of tier A, tier B and both. A quantity that no run measures is left out.
+
+    Raises
+    ------
+    InputError
+        No run measures either.
     """
-    fit = RunFit(path, progress)
-    found: dict[str, object] = {"constants": fit.constants_fitted}
-    for left_out in LEFT_OUT:
-        errors = fit.errors(left_out)
-        tiers = {"A": "A", "B": "B", "A and B": ("A", "B", "")}
-        found[left_out] = {name: errors.score(wanted).to_dict() for name, wanted in tiers.items()}
+    found: dict[str, object] = {}
+    for fit in _fits(path, progress):
+        scores: dict[str, object] = {"constants": fit.constants_fitted}
+        for left_out in LEFT_OUT:
+            errors = fit.errors(left_out)
+            tiers = {"A": "A", "B": "B", "A and B": ("A", "B", "")}
+            scores[left_out] = {name: errors.score(wanted).to_dict() for name, wanted in tiers.items()}
+        found[fit.quantity] = scores
     return found

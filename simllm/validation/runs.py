@@ -28,7 +28,7 @@ from simllm.validation.row_stack import (
     run_stack,
     state_what_is_not_modelled,
 )
-from simllm.validation.run_constants import Constants
+from simllm.validation.run_constants import Constants, Quantity
 from simllm.validation.scoring import Outcome, Score, score, score_by
 from simllm.validation.table import Row, read_table
 
@@ -106,6 +106,10 @@ class RunResult:
         return Outcome(
             key=self.config_key, predicted=self.predicted_peak_memory_bytes, measured=self.measured_peak_memory_bytes
         )
+
+    def outcome(self, quantity: Quantity) -> Outcome | None:
+        """The step time or the peak memory as something to score."""
+        return self.step_time if quantity == "step_time" else self.peak_memory
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data with stable keys, SI units."""

@@ -221,11 +221,10 @@ class StepComparison:
                 self._row(f"step time, {profile} profile", estimated.step_time_s, self.measured_s, tolerances[profile])
             )
             if self.timing.peak_bytes is not None:
-                context = estimated.training.software.costs.context.si
                 found.append(
                     self._row(
                         f"peak memory, {profile} profile",
-                        estimated.peak_memory_bytes - context,
+                        estimated.peak_stage.views["max_allocated"],
                         float(self.timing.peak_bytes),
                         memory_tolerance,
                         steady=True,

@@ -1,8 +1,8 @@
 """How far off predictions were: the error ranges that estimates carry, from validated runs.
 
 ``python -m simllm.validation.uncertainty tests/published/training_runs.csv`` writes hardware_profiles/uncertainty.yaml,
-which `simllm.training.uncertainty` reads. Step times are predicted with run constants fitted without the run's fold
-(`simllm.validation.run_fit`); peak memory has no fitted constants.
+which `simllm.training.uncertainty` reads. Step times and peak memory are predicted with run constants fitted without
+the run's fold (`simllm.validation.run_fit`).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from pathlib import Path
 from simllm.errors import InputError
 from simllm.hardware.profiles import profiles_dir
 from simllm.training.uncertainty import MINIMUM_RUNS, ErrorRange, UncertaintyProfile
-from simllm.validation.run_fit import RunFit
-from simllm.validation.runs import RunResult, validate_runs
-from simllm.validation.scoring import Outcome, percentile, typical
+from simllm.validation.run_constants import QUANTITIES
+from simllm.validation.run_fit import RunErrors, RunFit
+from simllm.validation.scoring import percentile, typical
 
 __all__ = ["Judged", "error_range", "measure_uncertainty", "write_uncertainty"]
 
@@ -100,8 +100,9 @@ def _coverage(judged: Sequence[Judged], by_device: bool) -> float:
     return round(inside / total, _DIGITS) if total else 0.0
 
 
-def _judged(outcomes: Iterable[tuple[RunResult, Outcome | None, str]]) -> list[Judged]:
-    known = [(row, outcome, part) for row, outcome, part in outcomes if outcome is not None]
+def _judged(errors: RunErrors) -> list[Judged]:
+    pairs = zip(errors.rows, errors.parts, strict=True)
+    known = [(row, o, part) for row, part in pairs if (o := row.outcome(errors.quantity)) is not None]
     where = {outcome.key: (row.gpu, part) for row, outcome, part in known}
     return [
         Judged(ratio=one.measured / one.predicted, accelerator=where[one.key][0], part=where[one.key][1])
@@ -111,9 +112,7 @@ def _judged(outcomes: Iterable[tuple[RunResult, Outcome | None, str]]) -> list[J
 
 def published_uncertainty(path: str) -> UncertaintyProfile:
     """The error ranges of a table of runs."""
-    errors = RunFit(path).errors("fold")
-    times = _judged((row, row.step_time, part) for row, part in zip(errors.rows, errors.parts, strict=True))
-    memory = _judged((row, row.peak_memory, row.source) for row in validate_runs(path).scored)
+    times, memory = (_judged(RunFit(path, quantity=quantity).errors("fold")) for quantity in QUANTITIES)
     source = f"validation of published training runs ({Path(path).name}), one vote for each configuration"
     return measure_uncertainty(times, memory, source)
 
@@ -122,8 +121,8 @@ def write_uncertainty(profile: UncertaintyProfile, path: Path) -> None:
     """Write a profile as YAML, whole or not at all."""
     lines = [
         "# Measured over predicted, of step time and of peak memory: 10th and 90th percentile over configurations.",
-        "# Step times are predicted with constants fitted to other runs; coverage is the share of runs inside the",
-        "# range that others give.",
+        "# They are predicted with constants fitted to other runs; coverage is the share of runs inside the range",
+        "# that others give.",
         "# Written by `python -m simllm.validation.uncertainty`; not edited by hand.",
         f'source: "{profile.source}"',
         f"overall: {_yaml(profile.overall)}",

@@ -81,7 +81,8 @@ def test_models_of_guanaco() -> None:
     assert set(found) == {"7B", "13B", "33B", "65B"}
     for size, published in found.items():
         frozen, trained = _quantised(size)
-        assert (frozen + 4 * trained + CONTEXT) / 1e9 == pytest.approx(published, rel=0.04)
+        # Published to the whole GB.
+        assert (frozen + 4 * trained + CONTEXT) / 1e9 == pytest.approx(published, rel=0.04, abs=0.5)
 
 
 def test_bounds_of_qlora() -> None:

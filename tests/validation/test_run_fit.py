@@ -89,6 +89,31 @@ def test_a_fit_finds_the_constants_that_made_the_runs(few):
     assert found["attention_llm_foundry"] == pytest.approx(0.8, abs=0.08)
 
 
+def test_memory_has_constants_of_its_own(tmp_path):
+    """Peaks as other constants predict them give these back, and no step time changes with them."""
+    with TABLE.open(newline="", encoding="utf-8") as file:
+        rows = [r for r in csv.DictReader(file) if r["source"].startswith("bigscience") and r["measured_peak_mem_gb"]]
+    path = tmp_path / "memory.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows[::2])
+    fit = RunFit(path, quantity="peak_memory")
+    assert set(fit.names) == {"context", "communicator", "logits_megatron", "logits_compiled"}
+    assert fit.constants_fitted == 3
+    true = {"communicator": 1.3, "logits_megatron": 12.0}
+    usual, made = (fit.predict(values, range(len(fit._rows))) for values in ({}, true))
+    for number, configuration in enumerate(fit._configurations):
+        peaks = [made[i].predicted_peak_memory_bytes for i in configuration.rows]
+        fit._configurations[number] = rc.replace(configuration, measured=float(np.median(peaks)))
+    found = fit.fitted(2)
+    assert found["communicator"] == pytest.approx(1.3, abs=0.15)
+    assert found["logits_megatron"] == pytest.approx(12.0, abs=0.6)
+    for i, result in usual.items():
+        assert result.predicted_step_time_s == made[i].predicted_step_time_s
+        assert result.predicted_peak_memory_bytes < made[i].predicted_peak_memory_bytes
+
+
 def test_what_is_left_out_is_not_seen(few):
     fit = RunFit(few)
     seen = fit.errors("nothing")

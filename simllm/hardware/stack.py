@@ -129,6 +129,8 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     host_per_layer_forward : Seconds
         Time the host needs to launch one layer forward; a layer is never faster. The backward takes
         ``host_backward_ratio`` times as long.
+    host_join : Factor
+        Exponent of the norm that joins the host's time and the device's: 1 one after the other, large the longer one.
     loss_traffic, logits_saved : BytesPer
         Bytes moved (forward and backward) and kept per logit.
     gradient_accumulation : BytesPer
@@ -143,6 +145,7 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     host_per_layer_forward: Seconds
     host_backward_ratio: Factor
+    host_join: Factor
     loss_traffic: BytesPer
     logits_saved: BytesPer
     gradient_accumulation: BytesPer

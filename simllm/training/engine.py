@@ -21,7 +21,7 @@ from simllm.models.work import AttentionWork, Gemm, GroupedGemm, Work
 from simllm.network import Group, price
 from simllm.parallel.communication import Collective, block_collectives
 from simllm.training.cost import Cost
-from simllm.training.exposure import exposed
+from simllm.training.exposure import exposed, launch_s
 
 __all__ = ["BlockCost", "BlockGroups", "Engine", "implementation_of"]
 
@@ -256,14 +256,15 @@ class Engine:
         forward += self._communication(ahead, groups, forward.attention)
         backward += self._communication(behind, groups, backward.attention)
         if is_layer:
-            host = self.stack.costs.host_per_layer_forward.si
-            ratio = self.stack.costs.host_backward_ratio.si
+            costs = self.stack.costs
+            host, join = costs.host_per_layer_forward.si, costs.host_join.si
+            ratio = costs.host_backward_ratio.si
             # The figures are for the operators of a layer: what is added to it is launched too, what does not run
             # backward is not.
             own = _own_operators(graph)
             behind_share = sum(graph.runs_backward(operator) for operator in graph.operators) / own
-            forward += Cost(host=max(0.0, host * (len(graph.operators) / own) - forward.total))
-            backward += Cost(host=max(0.0, host * ratio * behind_share - backward.total))
+            forward += Cost(host=launch_s(host * (len(graph.operators) / own), forward.total, join))
+            backward += Cost(host=launch_s(host * ratio * behind_share, backward.total, join))
         return forward, backward, weights.total
 
     def _price_again(self, graph: Graph, layout: Layout, groups: BlockGroups, policy: Recompute) -> float:
@@ -278,7 +279,7 @@ class Engine:
         ahead = [c for c in collectives if c.phase == "forward" and c.operator in names]
         again += self._communication(ahead, groups, again.attention)
         host = self.stack.costs.host_per_layer_forward.si * len(rerun) / _own_operators(graph)
-        return again.total + max(0.0, host - again.total)
+        return again.total + launch_s(host, again.total, self.stack.costs.host_join.si)
 
     def stream_s(self, size_bytes: float, kind: str = "") -> float:
         """Seconds of a kernel of a kind that moves so many bytes."""

@@ -30,6 +30,12 @@ _PARAMETER_TOLERANCE = 0.12
 #: Where the row names no vocabulary: that of GPT-2, which Megatron-LM's own runs use.
 _GPT2_VOCABULARY = 50257
 
+#: Software whose own training script names a tokeniser and ties no tables: the Zero Bubble repository trains with a
+#: SentencePiece model (examples/pretrain_zero_bubble.sh, which does not say its size; 32,000 is the usual one) and
+#: --untie-embeddings-and-output-weights.
+_SENTENCEPIECE_SCRIPTS = ("zero-bubble",)
+_SENTENCEPIECE_VOCABULARY = 32000
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
@@ -279,10 +285,13 @@ def _from_family(row: Row, sizes: Sizes, name: str) -> ModelSpec:
     kv_heads = sizes.kv_heads or sizes.heads
     if sizes.heads % kv_heads:
         raise InputError(f"kv_heads={kv_heads} does not divide heads={sizes.heads}")
+    scripted = any(name in row.text("framework").casefold() for name in _SENTENCEPIECE_SCRIPTS)
+    vocab, origin = (_SENTENCEPIECE_VOCABULARY, "SentencePiece") if scripted else (_GPT2_VOCABULARY, "GPT-2")
     if sizes.vocab is None:
-        row.assume(f"vocab is not stated: {_GPT2_VOCABULARY}, that of GPT-2")
+        row.assume(f"vocab is not stated: {vocab}, that of {origin}")
+    tied = (family.tied and not scripted) if sizes.tied is None else sizes.tied
     if sizes.tied is None:
-        row.assume(f"tied_embeddings is not stated: {'tied' if family.tied else 'not tied'}")
+        row.assume(f"tied_embeddings is not stated: {'tied' if tied else 'not tied'}")
     attention = AttentionSpec(
         num_attention_heads=sizes.heads,
         num_key_value_heads=kv_heads,
@@ -298,10 +307,10 @@ def _from_family(row: Row, sizes: Sizes, name: str) -> ModelSpec:
         family=row.text("model_family") or "unknown",
         model_type="published-run",
         architecture="causal-decoder",
-        vocab_size=sizes.vocab or _GPT2_VOCABULARY,
+        vocab_size=sizes.vocab or vocab,
         hidden_size=sizes.hidden,
         decoder=StackSpec(layers=(block,) * sizes.layers, positions=0 if family.rope else 1, final_norm=family.norm),
-        head=HeadSpec(tied=family.tied if sizes.tied is None else sizes.tied),
+        head=HeadSpec(tied=tied),
     )
 
 

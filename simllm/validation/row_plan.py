@@ -14,6 +14,7 @@ from simllm.models.activations import Recompute, second_products
 from simllm.models.spec import MoESpec
 from simllm.parallel.plan import Plan, Zero, even_split
 from simllm.parallel.schedules import SCHEDULES
+from simllm.validation.row_stack import MEGATRON_UNTIL_2022
 from simllm.validation.system_names import system_in
 from simllm.validation.table import Row
 
@@ -131,7 +132,7 @@ def run_plan(row: Row, model: Model, cluster: Cluster, stack: Stack, base: str, 
         micro_batch_size=micro_batch,
         global_batch_size=global_batch,
         recompute=_recompute(row, base, model),
-        precision=_precision(row, cluster),
+        precision=_precision(row, base, cluster),
         schedule=schedule,
         uneven_layers=_uneven(row, model, pp * vpp),
     )
@@ -295,11 +296,11 @@ def _layer_operators(model: Model) -> tuple[str, ...]:
     return tuple(dict.fromkeys(operator.name for graph in model.graph.layers for operator in graph.operators))
 
 
-def _precision(row: Row, cluster: Cluster) -> str:
+def _precision(row: Row, base: str, cluster: Cluster) -> str:
     """The precision of the matrix products."""
     stated = row.text("precision").casefold()
     if stated:
         return stated
-    usual = "bf16" if "bf16" in cluster.accelerator.peak_flops else "fp16"
+    usual = "bf16" if base not in MEGATRON_UNTIL_2022 and "bf16" in cluster.accelerator.peak_flops else "fp16"
     row.assume(f"precision is not stated: {usual}")
     return usual

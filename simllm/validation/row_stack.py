@@ -15,15 +15,16 @@ from simllm.errors import InputError
 from simllm.hardware.stack import BytesPer, Fraction, Overlap, Stack, list_stacks, load_stack
 from simllm.validation.table import Row
 
-__all__ = ["base_stack", "check_task", "dropout_of", "run_stack", "state_what_is_not_modelled"]
+__all__ = ["MEGATRON_UNTIL_2022", "base_stack", "check_task", "dropout_of", "run_stack", "state_what_is_not_modelled"]
 
 _Load = Callable[[str], Stack]
 
 #: What stands in for a framework that no stack names.
 _FALLBACK = "megatron-core"
 
-#: The Megatron frameworks of 2019 to 2022 train with dropout 0.1 (arXiv:1909.08053, section 4.2), later ones without.
-_DROPOUT_STACKS = frozenset({"megatron-lm", "megatron-deepspeed"})
+#: The Megatron frameworks of 2019 to 2022 train with dropout 0.1 (arXiv:1909.08053, section 4.2), later ones without,
+#: and in fp16 where nothing else is said (their example scripts: --fp16).
+MEGATRON_UNTIL_2022 = frozenset({"megatron-lm", "megatron-deepspeed"})
 _DROPOUT = 0.1
 
 
@@ -53,7 +54,7 @@ def base_stack(row: Row) -> str:
 
 def dropout_of(row: Row, name: str) -> float:
     """The probability of dropout that a stack trains with."""
-    if name not in _DROPOUT_STACKS:
+    if name not in MEGATRON_UNTIL_2022:
         return 0.0
     row.assume(f"dropout {_DROPOUT}, the default of the Megatron frameworks until 2022")
     return _DROPOUT

@@ -18,6 +18,7 @@ from simllm.models.graph import Layout
 from simllm.models.spec import ModelSpec
 from simllm.parallel import Plan
 from simllm.training import Estimate, Training, estimate
+from simllm.training.exposure import launch_s
 from tests.strategies import specs
 
 LLAMA = Model.load("llama-3-70b")
@@ -313,6 +314,19 @@ def test_a_layer_is_never_faster_than_the_host_can_launch_it() -> None:
     assert layers["host"] > 0
     assert inside >= 12 * floor
     assert inside < 12 * floor * 1.2
+
+
+def test_launches_show_most_where_they_take_as_long_as_the_kernels() -> None:
+    # A norm of 4: twice the time of two equal sides shows as 2^(1/4), a tenth of the other side hardly at all.
+    assert launch_s(1.0, 1.0, 4) == pytest.approx(2**0.25 - 1)
+    assert launch_s(0.1, 1.0, 4) == pytest.approx(0.25e-4, rel=1e-3)
+    assert launch_s(1.0, 0.1, 4) == pytest.approx(0.9, rel=1e-4)
+
+
+@given(st.floats(0, 10), st.floats(0, 10), st.floats(1, 12))
+def test_host_and_device_take_between_the_longer_and_both(host: float, device: float, join: float) -> None:
+    together = device + launch_s(host, device, join)
+    assert max(host, device) * (1 - 1e-12) <= together <= (host + device) * (1 + 1e-12)
 
 
 def test_few_key_value_heads_are_replicated_not_split() -> None:

@@ -133,6 +133,15 @@ class TestModel:
         assert model_spec(row, 2048, 0.0).vocab_size == 50257
         assert "vocab is not stated: 50257, that of GPT-2" in row.assumptions
 
+    def test_a_framework_whose_script_names_its_tokeniser(self, good):
+        cells = dict.fromkeys(("vocab", "tied_embeddings"), "")
+        row = row_of(good, **{**GPT, **cells}, framework="Megatron-LM + zero-bubble, schedule ZB-2p")
+        spec = model_spec(row, 2048, 0.0)
+        assert (spec.vocab_size, spec.head.tied) == (32000, False)
+        assert "vocab is not stated: 32000, that of SentencePiece" in row.assumptions
+        stated = row_of(good, **{**GPT, "vocab": "50304"}, framework="Megatron-LM + zero-bubble, schedule ZB-2p")
+        assert model_spec(stated, 2048, 0.0).vocab_size == 50304
+
     def test_what_is_not_stated_is_assumed_in_words(self, good):
         empty = dict.fromkeys(("kv_heads", "head_dim", "vocab", "tied_embeddings", "gated_mlp", "ffn_hidden"), "")
         row = row_of(good, **{**GPT, **empty})
@@ -314,6 +323,14 @@ class TestPlan:
     def test_precision_of_a_device_without_bf16(self, good):
         cells = {**GPT, "gpu": "v100-sxm-32gb", "precision": "", "tp": "1", "dp": "16", "grad_accum": "4"}
         assert plan_of(row_of(good, **cells, framework="Megatron-LM")).precision == "fp16"
+
+    @pytest.mark.parametrize(
+        ("framework", "precision"),
+        [("Megatron-LM", "fp16"), ("Megatron-DeepSpeed", "fp16"), ("Megatron-LM (TE)", "bf16"), ("torchtitan", "bf16")],
+    )
+    def test_precision_that_is_not_stated(self, good, framework, precision):
+        row = row_of(good, **{**GPT, "precision": "", "flash_attention": ""}, framework=framework)
+        assert plan_of(row).precision == precision
 
     def test_the_pipeline(self, good):
         cells = {"pp": "4", "dp": "2", "grad_accum": "32"}

@@ -350,7 +350,9 @@ def test_recomputed_layers_wait_for_the_host_too() -> None:
     training = Training(seq_len=16, stack="megatron-deepspeed")
     plan = Plan(dp=8, global_batch_size=8, recompute=Recompute(kind="full"))
     answer = run(plan, "dgx-a100", training, Model.load("gpt2"))
-    assert answer.time.by_cause["recompute"] == pytest.approx(12 * training.software.costs.host_per_layer_forward.si)
+    floor = 12 * training.software.costs.host_per_layer_forward.si
+    # Tiny kernels: the norm of host and device is hardly more than the host's time.
+    assert floor <= answer.time.by_cause["recompute"] < 1.01 * floor
 
 
 def test_gradients_are_added_by_kernels_of_their_own_unless_fused() -> None:

@@ -9,10 +9,13 @@ import typer
 
 from simllm.cli.from_file import needed, notes_of, the_model, with_file
 from simllm.cli.options import (
+    CapacityFactor,
     CheckpointInterval,
     ClusterName,
+    ExpertImbalance,
     FlopConvention,
     Gpus,
+    GradientClipping,
     GradientPrecision,
     GridIntensity,
     Headroom,
@@ -140,6 +143,9 @@ def estimate(
     optimizer: OptimizerName = "adam",
     master_weights: MasterWeights = None,
     gradient_precision: GradientPrecision = None,
+    gradient_clipping: GradientClipping = True,
+    expert_imbalance: ExpertImbalance = "1",
+    capacity_factor: CapacityFactor = None,
     flop_convention: FlopConvention = "full-attention",
     tokens: Tokens = None,
     price: Price = None,
@@ -192,7 +198,17 @@ def estimate(
     loaded = the_model(ctx, model)
     where = load_cluster(cluster, gpus)
     run = make_training(
-        loaded, seq_len, stack, memory_headroom, optimizer, master_weights, gradient_precision, flop_convention
+        loaded,
+        seq_len,
+        stack,
+        memory_headroom,
+        optimizer,
+        master_weights,
+        gradient_precision,
+        flop_convention,
+        gradient_clipping,
+        expert_imbalance,
+        capacity_factor,
     )
     default_etp = run.expert_tensor_parallel(tensor) if "experts" in loaded.parameters.by_component else 1
     split = Plan(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["needed", "notes_of", "the_model", "with_file"]
 
 #: Settings that are on or off, by the names of their parameters; all others are words.
-_SWITCHES = ("sequence_parallel", "uneven_layers", "master_weights")
+_SWITCHES = ("sequence_parallel", "uneven_layers", "master_weights", "gradient_clipping")
 
 
 def with_file(ctx: typer.Context, path: str) -> dict[str, Any]:

@@ -22,11 +22,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MOST_GPUS",
+    "CapacityFactor",
     "CheckpointInterval",
     "ClusterName",
+    "ExpertImbalance",
     "FlopConvention",
     "GlobalBatchSize",
     "Gpus",
+    "GradientClipping",
     "GradientPrecision",
     "GridIntensity",
     "Headroom",
@@ -186,6 +189,29 @@ GradientPrecision = Annotated[
         help="fp32 or bf16, of accumulated gradients. Default: what the stack does.",
     ),
 ]
+GradientClipping = Annotated[
+    bool,
+    typer.Option(
+        "--gradient-clipping/--no-gradient-clipping",
+        help="Scale gradients down to a largest norm over all parameters.",
+    ),
+]
+ExpertImbalance = Annotated[
+    str,
+    typer.Option(
+        "--expert-imbalance",
+        metavar="X",
+        help="Tokens of the busiest expert-parallel rank over the mean; random: what chance gives.",
+    ),
+]
+CapacityFactor = Annotated[
+    str | None,
+    typer.Option(
+        "--capacity-factor",
+        metavar="C",
+        help="Tokens of an expert over its mean share, padded up to it; the rest is dropped. Default: no limit.",
+    ),
+]
 FlopConvention = Annotated[
     str,
     typer.Option(
@@ -226,6 +252,14 @@ def fraction(text: str, option: str) -> float:
     if not 0 <= value < 1:
         raise InputError(f"{option}={text} must be a number of at least 0 and below 1, such as 0.05")
     return value
+
+
+def _number(text: str, option: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        also = ", or random" if option == "--expert-imbalance" else ""
+        raise InputError(f"{option}={text} must be a number such as 1.25{also}") from None
 
 
 def optional_tokens(text: str | None) -> int | None:
@@ -311,6 +345,9 @@ def make_training(
     master_weights: bool | None,
     gradient_precision: str | None,
     flop_convention: str,
+    gradient_clipping: bool = True,
+    expert_imbalance: str = "1",
+    capacity_factor: str | None = None,
 ) -> Training:
     """The run described by the options that say nothing of the plan."""
     from simllm.training import Training
@@ -323,4 +360,7 @@ def make_training(
         flop_convention=flop_convention,
         master_weights=master_weights,
         gradient_precision=cast("Literal['fp32', 'bf16'] | None", gradient_precision),
+        gradient_clipping=gradient_clipping,
+        expert_imbalance="random" if expert_imbalance == "random" else _number(expert_imbalance, "--expert-imbalance"),
+        capacity_factor=None if capacity_factor is None else _number(capacity_factor, "--capacity-factor"),
     )

@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from simllm.cli.options import (
+    CapacityFactor,
     CheckpointInterval,
     ClusterName,
+    ExpertImbalance,
     FlopConvention,
     GlobalBatchSize,
+    GradientClipping,
     GradientPrecision,
     GridIntensity,
     Headroom,
@@ -114,6 +117,9 @@ def plan(
     optimizer: OptimizerName = "adam",
     master_weights: MasterWeights = None,
     gradient_precision: GradientPrecision = None,
+    gradient_clipping: GradientClipping = True,
+    expert_imbalance: ExpertImbalance = "1",
+    capacity_factor: CapacityFactor = None,
     flop_convention: FlopConvention = "full-attention",
     price: Price = None,
     mtbf: Mtbf = None,
@@ -179,7 +185,17 @@ def plan(
     loaded = Model.load(model, mtp=mtp)
     where, sizes = cluster_sizes(cluster, gpus, max_gpus)
     run = make_training(
-        loaded, seq_len, stack, memory_headroom, optimizer, master_weights, gradient_precision, flop_convention
+        loaded,
+        seq_len,
+        stack,
+        memory_headroom,
+        optimizer,
+        master_weights,
+        gradient_precision,
+        flop_convention,
+        gradient_clipping,
+        expert_imbalance,
+        capacity_factor,
     )
     batch, shown = count(global_batch_size, "--global-batch-size"), count(top, "--top", maximum=1000)
     with progress("plans priced") as tick:

@@ -124,6 +124,9 @@ class _Setup(msgspec.Struct, frozen=True, kw_only=True):
     method: str | None = None
     master_weights: bool | None
     gradient_precision: Literal["fp32", "bf16"] | None
+    gradient_clipping: bool = True
+    expert_imbalance: float | Literal["random"] = 1.0
+    capacity_factor: float | None = None
     memory_headroom: float
 
 
@@ -220,6 +223,9 @@ class Job:
                 optimizer=setup.optimizer,
                 master_weights=setup.master_weights,
                 gradient_precision=setup.gradient_precision,
+                gradient_clipping=setup.gradient_clipping,
+                expert_imbalance=setup.expert_imbalance,
+                capacity_factor=setup.capacity_factor,
                 flop_convention=answer.flop_convention,
             ),
             gpus_per_node=setup.gpus_per_node,

@@ -14,6 +14,7 @@ from functools import cached_property
 from math import prod
 from typing import ClassVar, Literal
 
+from simllm.models.routing import BALANCED, Routing
 from simllm.models.work import Work
 
 __all__ = [
@@ -31,7 +32,7 @@ __all__ = [
 AxisName = Literal[
     "tokens",  # tokens of the (decoder) sequence in one micro-batch; `size` is a multiplier
     "source_tokens",  # tokens of the encoder's sequence
-    "routed",  # tokens after routing; `size` is num_experts_per_tok
+    "routed",  # tokens after routing; `size` is num_experts_per_tok, `units` num_experts
     "keys",  # the sequence as attended to by one query
     "source_keys",
     "hidden",
@@ -236,6 +237,8 @@ class Layout:
     cached : int
         Tokens of every sequence whose keys and values are in a cache: generation asks about ``seq_len`` tokens after
         them.
+    routing : Routing
+        How tokens spread over the experts; the rank is the busiest one.
     """
 
     batch: int = 1
@@ -249,6 +252,7 @@ class Layout:
     prefix_len: int = 0
     vocab_multiple: int = 1
     cached: int = 0
+    routing: Routing = BALANCED
 
     _DEGREE: ClassVar[dict[str, str]] = {
         "heads": "tp",
@@ -274,9 +278,9 @@ class Layout:
             tokens = axis.size * self.batch * self.encoder_len // self.cp
             return tokens // self.tp if split_tokens and self.sequence_parallel else tokens
         if name == "routed":
-            tokens = axis.size * self.batch * self.seq_len // self.cp
-            # Each rank sends and, with balanced routing, receives this many; expert-tensor ranks share their tokens.
-            return tokens // (self.tp if self.sequence_parallel else 1) * self.etp
+            tokens = self.batch * self.seq_len // self.cp // (self.tp if self.sequence_parallel else 1)
+            # The busiest rank receives this many; expert-tensor ranks share their tokens.
+            return self.routing.rows(tokens, axis.size, axis.units, self.ep, self.etp)
         if name == "keys":
             return self.seq_len + self.cached
         if name == "source_keys":

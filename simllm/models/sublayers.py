@@ -177,7 +177,7 @@ def _moe(b: Builder, spec: MoESpec, x: Tensor) -> Tensor:
         weights += (Weight("router.bias", (Axis("fixed", spec.num_experts),), "router"),)
     probabilities = Tensor("router_probabilities", (b.tokens, Axis("fixed", spec.num_experts)), "float32")
     b.add(Router, "router", "router", (x,), (probabilities,), weights, num_experts=spec.num_experts)
-    routed = Tensor("routed", (Axis("routed", spec.num_experts_per_tok), b.hidden))
+    routed = Tensor("routed", (Axis("routed", spec.num_experts_per_tok, spec.num_experts), b.hidden))
     b.add(Dispatch, "dispatch", "experts", (x, probabilities), (routed,))
     out = _experts(b, spec, routed)
     result = b.add(Combine, "combine", "experts", (out, probabilities), (b.stream("experts_out"),))

@@ -10,6 +10,7 @@ from simllm.errors import InputError, UnsupportedError, unknown_name
 from simllm.models import Model
 from simllm.models.activations import Recompute
 from simllm.models.graph import Layout
+from simllm.models.routing import BALANCED, Routing
 from simllm.models.spec import AttentionSpec, MambaSpec, MoESpec
 from simllm.parallel.offload import Offload
 from simllm.parallel.schedules import SCHEDULES, Schedule, check_schedule
@@ -152,7 +153,7 @@ class Plan:
         """ZeRO stage 3, also inside HSDP groups."""
         return self.zero in ("3", "hsdp")
 
-    def layout(self, seq_len: int, prefix_len: int = 0, vocab_multiple: int = 1) -> Layout:
+    def layout(self, seq_len: int, prefix_len: int = 0, vocab_multiple: int = 1, routing: Routing = BALANCED) -> Layout:
         """Axis lengths of one micro-batch on one rank."""
         return Layout(
             batch=self.micro_batch_size,
@@ -164,6 +165,7 @@ class Plan:
             sequence_parallel=self.sequence_parallel,
             prefix_len=prefix_len,
             vocab_multiple=vocab_multiple,
+            routing=routing,
         )
 
     def __str__(self) -> str:

@@ -158,11 +158,20 @@ class StateBytes:
     def update_traffic(self) -> float:
         """Bytes moved per parameter by an optimizer step, the moments apart.
 
-        Clipping reads the gradients, then reads and writes them; the update reads them once more and zeroing writes
-        them: 5 passes. The master is read and written and the compute copy written; without a master the parameter
-        itself is read and written.
+        The update reads the gradients and zeroing writes them. The master is read and written and the compute copy
+        written; without a master the parameter itself is read and written.
         """
-        return 5 * self.gradient + (2 * self.master + self.parameter if self.master else 2 * self.parameter)
+        return 2 * self.gradient + (2 * self.master + self.parameter if self.master else 2 * self.parameter)
+
+    @property
+    def norm_traffic(self) -> float:
+        """Bytes read per parameter for the norm of the gradients."""
+        return self.gradient
+
+    @property
+    def scaling_traffic(self) -> float:
+        """Bytes moved per parameter to scale the gradients down: read and written."""
+        return 2 * self.gradient
 
     @property
     def host_update_traffic(self) -> float:

@@ -236,7 +236,8 @@ def _states_traffic(step: Step, stage: Stage) -> tuple[float, float]:
 
 
 def _host_once(step: Step, stage: Stage) -> tuple[float, float, float]:
-    return HostWork(step).once_s(stage)
+    leaving, returning, update = HostWork(step).once_s(stage)
+    return leaving, returning, update + step.clipping_s(stage)
 
 
 def _accumulation(step: Step, graph: Graph) -> tuple[float]:
@@ -244,7 +245,7 @@ def _accumulation(step: Step, graph: Graph) -> tuple[float]:
 
 
 def _update(step: Step, stage: Stage) -> tuple[float]:
-    return (step.update_s(stage),)
+    return (step.update_s(stage) + step.clipping_s(stage),)
 
 
 def _graphs(stage: Stage) -> tuple[Graph, ...]:

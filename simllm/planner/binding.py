@@ -14,6 +14,7 @@ _RESOURCES = {
     "recompute": "compute, again",
     "elementwise": "memory bandwidth",
     "optimizer": "memory bandwidth",
+    "gradient_clipping": "memory bandwidth",
     "host": "host",
     "offload": "host link",
     "pipeline_bubble": "waiting for other pipeline ranks",

@@ -22,6 +22,7 @@ CAUSES = {
     "pipeline_p2p": "pipeline transfers",
     "pipeline_bubble": "pipeline bubble",
     "optimizer": "optimizer",
+    "gradient_clipping": "gradient clipping",
 }
 #: Groups of ranks whose traffic makes up a cause of time.
 GROUPS = {

@@ -18,6 +18,7 @@ from simllm.planner.constraints import Constraints
 from simllm.planner.reasons import explain_difference, limits
 from simllm.planner.sizes import at_most
 from simllm.training import Estimate, Training, estimate
+from simllm.training.run import check_experts
 
 __all__ = ["OBJECTIVES", "PlanSearch", "plan"]
 
@@ -168,6 +169,7 @@ def plan(
     for name, value in (("global_batch_size", global_batch_size), ("top", top)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError(f"{name}={value} must be a whole number above zero")
+    check_experts(model, training)
     wanted = constraints or Constraints()
     if precision is not None:
         wanted = replace(wanted, precision=(precision,))

@@ -54,6 +54,7 @@ _GROUPS = {
     "dp_replicas": "data parallel replicas",
     "expert_dp": "experts' data parallel",
     "expert_dp_replicas": "experts' replicas",
+    "gradient_norm": "norm of the gradients",
 }
 
 

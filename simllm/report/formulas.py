@@ -56,6 +56,10 @@ _TIME = {
         "arXiv:2101.06840, section 4; arXiv:2104.07857, section 6.1",
     ),
     "optimizer": ("bytes of states and gradients read and written / memory bandwidth", "roofline"),
+    "gradient_clipping": (
+        "gradients read for their norm, read and written to scale them / memory bandwidth; an all-reduce; two launches",
+        "arXiv:1211.5063, section 3.2",
+    ),
 }
 #: Kind of memory -> formula, and where it is from.
 _MEMORY = {

@@ -23,6 +23,7 @@ _COLOURS = {
     "W": "#9ecae9",
     "FB": "#b5a0c8",
     "data_parallel": "#54a24b",
+    "gradient_clipping": "#d67195",
     "offload": "#9d755d",
     "optimizer": "#b279a2",
 }
@@ -34,6 +35,7 @@ _WORDS = {
     "W": "gradients of weights",
     "FB": "forward beside backward",
     "data_parallel": "gradients, parameters",
+    "gradient_clipping": "gradient clipping",
     "offload": "transfers to the host",
     "optimizer": "optimizer",
 }

@@ -18,6 +18,7 @@ _NAMES = {
     "W": "gradients of weights",
     "FB": "forward beside backward",
     "data_parallel": "gradients and parameters",
+    "gradient_clipping": "gradient clipping",
     "offload": "transfers to the host",
     "optimizer": "optimizer",
 }

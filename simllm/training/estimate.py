@@ -11,12 +11,14 @@ from simllm.hardware import Cluster
 from simllm.kernels.profile import load_form
 from simllm.models import Model
 from simllm.models.conventions import FLOP_CONVENTIONS, training_flops
+from simllm.models.routing import ExpertLoad, expert_load
+from simllm.models.spec import MoESpec
 from simllm.parallel.memory import StageMemory
 from simllm.parallel.plan import Plan, check_plan, check_virtual_tokens
 from simllm.parallel.stages import stage_weights
 from simllm.parallel.states import StateTerm, optimizer_named, state_terms
 from simllm.training.offload import HostMemory, host_memory
-from simllm.training.run import Training
+from simllm.training.run import Training, check_experts
 from simllm.training.setup import setup_dict
 from simllm.training.step import Step, StepTime
 from simllm.training.traffic import GroupTraffic, communication
@@ -148,10 +150,20 @@ class Estimate:
         notes += self._step.engine.assumptions
         if spec.architecture == "prefix-decoder":
             notes.append(f"half of each sequence ({self._step.prefix_len} tokens) is bidirectional prefix")
-        if self.plan.ep > 1:
-            notes.append("tokens are spread evenly over the experts")
+        if self.experts is not None:
+            notes += _about_experts(self.experts, self.training, self.plan.ep)
         notes.append(f"software: {self.training.software.description}")
         return tuple(notes)
+
+    @cached_property
+    def experts(self) -> ExpertLoad | None:
+        """What becomes of the rows that a rank's tokens ask of the experts of a layer; None without experts."""
+        moe = next((b.mlp for b in self.model.spec.decoder.layers if isinstance(b.mlp, MoESpec)), None)
+        if moe is None:
+            return None
+        plan, layout = self.plan, self._step.layout
+        tokens = layout.batch * layout.seq_len // plan.cp // (plan.tp if plan.sequence_parallel else 1)
+        return expert_load(layout.routing, tokens, moe.num_experts_per_tok, moe.num_experts, plan.ep, plan.etp)
 
     @cached_property
     def communication(self) -> tuple[GroupTraffic, ...]:
@@ -214,9 +226,26 @@ class Estimate:
                 ],
             },
             "time": {"by_cause": dict(self.time.by_cause), "busiest_stage": self.time.busiest_stage},
+            "experts": None if self.experts is None else self.experts.to_dict(),
             "communication": [asdict(traffic) for traffic in self.communication],
             "assumptions": list(self.assumptions),
         }
+
+
+def _about_experts(load: ExpertLoad, training: Training, ep: int) -> list[str]:
+    """What is assumed of the router, in words."""
+    notes = []
+    if load.imbalance > 1:
+        why = ", as chance gives it" if training.expert_imbalance == "random" else ""
+        notes.append(f"the busiest of {ep} expert-parallel ranks gets {load.imbalance:.4g} times the mean{why}")
+    elif ep > 1:
+        notes.append("tokens are spread evenly over the experts, as benchmarks force it")
+    if load.capacity is not None:
+        notes.append(
+            f"an expert takes {load.capacity:,} rows of each rank's tokens, padded up to it: {load.dropped_share:.1%} "
+            f"of the rows are dropped, {load.padding_share:.1%} of those computed are padding"
+        )
+    return notes
 
 
 def plan_dict(plan: Plan) -> dict[str, Any]:
@@ -281,6 +310,7 @@ def estimate(model: Model, cluster: Cluster, plan: Plan, training: Training, *, 
         )
     check_plan(model, plan, training.seq_len + model.graph.virtual_tokens)
     check_virtual_tokens(model, training.seq_len)
+    check_experts(model, training)
     step = Step(model, cluster, plan, training)
     return Estimate(
         model=model,

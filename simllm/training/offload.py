@@ -181,10 +181,7 @@ class HostWork:
         step, offload, states = self.step, self.step.plan.offload, self.step.states
         own, moments = self._own(stage), sum(step.owned_moments(stage))
         leaving = 0.0 if offload.moves("gradients") else own * states.gradient_on_wire / self._rates("gradients")[1]
-        host = host_of(step)
-        update = (own * states.host_update_traffic + 2 * moments) / (
-            host.memory_bandwidth.si * offload_profile().adam_bandwidth.si / self.devices
-        )
+        update = (own * states.host_update_traffic + 2 * moments) / self._update_rate
         if "optimizer" in offload.to_nvme:
             fetch, store = self._rates("optimizer")
             kept = own * states.float32_master + moments
@@ -194,6 +191,15 @@ class HostWork:
             seconds = own * states.parameter / self._rates("parameters")[0]
             returning = exposed(seconds, update, offload_profile().transfer_exposed.si)
         return leaving, returning, update
+
+    @property
+    def _update_rate(self) -> float:
+        """Bytes/s of the host's memory that one device's share of the update gets."""
+        return host_of(self.step).memory_bandwidth.si * offload_profile().adam_bandwidth.si / self.devices
+
+    def scaling_s(self, stage: Stage) -> float:
+        """Seconds to scale the gradients of a rank where they are: each is read and written."""
+        return 2 * self._own(stage) * self.step.states.gradient_on_wire / self._update_rate
 
     def per_step(self, stage: Stage, backward_s: float) -> tuple[float, float]:
         """Once a step: transfers that show, and the update on the host."""

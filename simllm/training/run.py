@@ -9,10 +9,20 @@ from typing import Literal
 
 from simllm.errors import InputError, unknown_name
 from simllm.hardware.stack import Stack, load_stack
+from simllm.models import Model
 from simllm.models.conventions import FLOP_CONVENTIONS
+from simllm.models.routing import Routing
 from simllm.parallel.states import StateBytes, optimizer_named, state_bytes
 
-__all__ = ["Training"]
+__all__ = ["Training", "check_experts"]
+
+
+#: Above this an imbalance or a capacity factor is a slip: no model has as many experts.
+_MOST_ROWS = 10**5
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +43,13 @@ class Training:
         False: no float32 copy, all states in 16 bits. None: as the software does.
     gradient_precision : {"fp32", "bf16"}, optional
         Of accumulated gradients; None: as the software does.
+    gradient_clipping : bool
+        Gradients are scaled down to a largest norm over all parameters, as frameworks do unless told otherwise.
+    expert_imbalance : float or "random"
+        Rows of the busiest expert-parallel rank over the mean: 1 as most benchmarks force it, ``random`` for what
+        chance gives (`simllm.models.routing.random_imbalance`).
+    capacity_factor : float, optional
+        Rows of an expert over its mean share, padded up to it; what exceeds it is dropped. None: nothing is.
     flop_convention : str
         How model FLOPs are counted for utilisation, a name in `simllm.models.conventions`.
 
@@ -48,6 +65,9 @@ class Training:
     optimizer: str = "adam"
     master_weights: bool | None = None
     gradient_precision: Literal["fp32", "bf16"] | None = None
+    gradient_clipping: bool = True
+    expert_imbalance: float | Literal["random"] = 1.0
+    capacity_factor: float | None = None
     flop_convention: str = "full-attention"
 
     def __post_init__(self) -> None:
@@ -62,6 +82,21 @@ class Training:
             raise unknown_name("FLOP convention", self.flop_convention, FLOP_CONVENTIONS)
         if self.gradient_precision not in (None, "fp32", "bf16"):
             raise unknown_name("gradient precision", str(self.gradient_precision), ("fp32", "bf16"))
+        self._check_routing()
+
+    def _check_routing(self) -> None:
+        imbalance, capacity = self.expert_imbalance, self.capacity_factor
+        if imbalance != "random" and not (_is_number(imbalance) and 1 <= imbalance <= _MOST_ROWS):
+            raise InputError(
+                f"expert_imbalance={imbalance} must be random, or the busiest rank's tokens over the mean: at least 1"
+            )
+        if capacity is not None and not (_is_number(capacity) and 0 < capacity <= _MOST_ROWS):
+            raise InputError(f"capacity_factor={capacity} must be above 0; 1 gives every expert its mean share")
+
+    @property
+    def routing(self) -> Routing:
+        """How tokens spread over the experts."""
+        return Routing(self.expert_imbalance, self.capacity_factor)
 
     @cached_property
     def software(self) -> Stack:
@@ -76,3 +111,18 @@ class Training:
     def expert_tensor_parallel(self, tp: int) -> int:
         """Tensor parallelism inside an expert that goes with a degree of tensor parallelism in this stack."""
         return tp if self.software.expert_tensor_parallel == "tp" else 1
+
+
+def check_experts(model: Model, training: Training) -> None:
+    """Refuse an imbalance or a capacity of experts for a model that has none.
+
+    Raises
+    ------
+    InputError
+    """
+    if "experts" in model.parameters.by_component:
+        return
+    for name, usual in (("expert_imbalance", 1.0), ("capacity_factor", None)):
+        value = getattr(training, name)
+        if value != usual:
+            raise InputError(f"{name}={value}: {model.name} has no experts; leave it out")

@@ -49,6 +49,9 @@ def setup_dict(answer: Estimate) -> dict[str, Any]:
         "method": answer.model.method.name if answer.model.method else None,
         "master_weights": training.master_weights,
         "gradient_precision": training.gradient_precision,
+        "gradient_clipping": training.gradient_clipping,
+        "expert_imbalance": training.expert_imbalance,
+        "capacity_factor": training.capacity_factor,
         "memory_headroom": training.memory_headroom,
     }
 

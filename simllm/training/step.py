@@ -112,7 +112,7 @@ class Step:
         self.graph = model.graph
         self.prefix_len = model.prefix_len(training.seq_len)
         seq_len = training.seq_len + self.graph.virtual_tokens
-        self.layout = plan.layout(seq_len, self.prefix_len, round(self.stack.vocab_multiple.si))
+        self.layout = plan.layout(seq_len, self.prefix_len, round(self.stack.vocab_multiple.si), training.routing)
         self.groups = BlockGroups(
             tp=group_of(plan, "tp"), cp=group_of(plan, "cp"), ep=group_of(plan, "ep"), etp=group_of(plan, "etp")
         )
@@ -319,7 +319,7 @@ class Step:
         bubble = pipeline_bubble(totals[busiest], sum(totals), plan.vpp)
         if exact:
             bubble = max(0.0, self.pipeline_run.total_s - busy[busiest])
-        once = max((self._once_per_step(stage, time) for stage, time in zip(self.stages, times, strict=True)), key=sum)
+        once = max((self.once_per_step(stage, time) for stage, time in zip(self.stages, times, strict=True)), key=sum)
         by_cause = ((times[busiest].forward + times[busiest].backward) * m).by_cause()
         by_cause["data_parallel"] += once[0]
         by_cause["offload"] += once[2]
@@ -330,6 +330,7 @@ class Step:
         by_cause["expert_parallel"] -= hidden[busiest] - beside
         by_cause["pipeline_bubble"] = bubble
         by_cause["optimizer"] = once[1]
+        by_cause["gradient_clipping"] = once[3]
         return StepTime(total_s=step_s(busy[busiest], bubble, sum(once)), by_cause=by_cause, busiest_stage=busiest)
 
     def stage_times(self, stages: tuple[Stage, ...]) -> list[StageTime]:
@@ -343,16 +344,16 @@ class Step:
             times.append(known[key])
         return times
 
-    def _once_per_step(self, stage: Stage, time: StageTime) -> tuple[float, float, float]:
-        """Data-parallel traffic that shows, the optimizer, and transfers to the host that show, on one rank."""
+    def once_per_step(self, stage: Stage, time: StageTime) -> tuple[float, float, float, float]:
+        """On one rank: data-parallel traffic that shows, the optimizer, transfers to the host that show, clipping."""
         forward, backward, traffic = time.forward.total, time.backward.total, 0.0
         if not self.plan.shards_parameters:  # otherwise the traffic is part of every block
             reduce, gather = self.stage_traffic_s(stage)
             traffic = data_parallel_s(reduce, gather, forward, backward, self.reductions_per_step, self.stack.overlap)
         if self.plan.offload.moves("optimizer"):
             shown, update = HostWork(self).per_step(stage, backward)
-            return traffic, update, shown
-        return traffic, self.update_s(stage), 0.0
+            return traffic, update, shown, self.clipping_s(stage)
+        return traffic, self.update_s(stage), 0.0, self.clipping_s(stage)
 
     @property
     def reductions_per_step(self) -> int:
@@ -369,10 +370,42 @@ class Step:
         weights = stage_weights(stage, self.layout, self.plan.pp)
         if not any(weights):
             return 0.0
-        degrees = (1, 1) if self.plan.zero == "0" else shard_degrees(self.plan, self.hsdp_shard)
+        degrees = self._owners
         moved = update_bytes(weights, self.moments(stage), degrees, self.states.update_traffic)
         streamed = self.engine.stream_s(moved, "optimizer")
         return streamed + self._projections_s(stage) + self._paging_s(stage, degrees)
+
+    @property
+    def _owners(self) -> tuple[int, int]:
+        """Ranks that share the update of dense and of expert parameters."""
+        return (1, 1) if self.plan.zero == "0" else shard_degrees(self.plan, self.hsdp_shard)
+
+    def clipping_s(self, stage: Stage) -> float:
+        """Seconds to clip the gradients of one rank by their norm over all parameters (arXiv:1211.5063, section 3.2).
+
+        A rank reads the gradients that it updates, sums the squares with the other ranks and scales its gradients. The
+        norm decides whether the step is taken: it is copied to the host, and the kernels behind it are launched only
+        then, so that two launches show. Gradients whose update is on the host are scaled there.
+        """
+        weights = stage_weights(stage, self.layout, self.plan.pp)
+        if not (self.training.gradient_clipping and any(weights)):
+            return 0.0
+        own = sum(count / by for count, by in zip(weights, self._owners, strict=True))
+        stream = self.engine.stream_s
+        norm = stream(own * self.states.norm_traffic, "optimizer") + self.exchange_s(self.norm_exchanges())
+        shown = norm + 2 * self.engine.kernels.launch_s
+        if self.plan.offload.moves("optimizer"):
+            return shown + HostWork(self).scaling_s(stage)
+        return shown + stream(own * self.states.scaling_traffic, "optimizer")
+
+    def norm_exchanges(self) -> list[Exchange]:
+        """What sums the squares of the gradients over the ranks that hold different ones."""
+        plan = self.plan
+        if plan.ep > 1 or self._owners[0] > 1:
+            groups = [Group(size=plan.num_gpus)]
+        else:
+            groups = [group_of(plan, "tp"), group_of(plan, "pp")]
+        return [Exchange("gradient_norm", "all_reduce", group, 4) for group in groups if group.size > 1]
 
     def _paging_s(self, stage: Stage, degrees: tuple[int, int]) -> float:
         """States in pages of the host come over its link for the update and go back."""
@@ -406,8 +439,7 @@ class Step:
 
     def owned_moments(self, stage: Stage) -> tuple[float, float]:
         """The same on one rank."""
-        by = (1, 1) if self.plan.zero == "0" else shard_degrees(self.plan, self.hsdp_shard)
-        moments = self.moments(stage)
+        by, moments = self._owners, self.moments(stage)
         return moments[0] / by[0], moments[1] / by[1]
 
     # -- FLOPs ---------------------------------------------------------------------------------------------------

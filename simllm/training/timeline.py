@@ -91,7 +91,7 @@ def step_timeline(answer: Estimate) -> StepTimeline:
     busiest = step.stage_times(step.stages)[answer.time.busiest_stage]
     inside = ((busiest.forward + busiest.backward) * (plan.num_micro_batches / plan.pipeline.copies)).by_cause()
     after, moment = [], line.total_s
-    for cause in ("data_parallel", "offload", "optimizer"):
+    for cause in ("data_parallel", "gradient_clipping", "offload", "optimizer"):
         seconds = answer.time.by_cause[cause] - inside.get(cause, 0.0)
         if seconds > 1e-12 * line.total_s:
             after.append(Slice(cause, -1, -1, moment, moment + seconds))

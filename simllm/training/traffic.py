@@ -90,5 +90,7 @@ def _exchanges(step: Step, rank: int) -> Iterator[tuple[Exchange, float]]:
         weights = stage_weights(stage, step.layout, plan.pp)
         yield from ((x, x.times) for x in step.gathers(*weights))
         yield from ((x, m if plan.zero == "2" else 1) for x in step.reductions(*weights))
+    if step.training.gradient_clipping:
+        yield from ((x, 1) for x in step.norm_exchanges())
     if plan.pp > 1:
         yield from ((x, transfers_of(stage, plan.pp, plan.vpp, plan.pipeline) * m) for x in step.p2p())

@@ -151,8 +151,8 @@ def test_trace(answer: Estimate) -> None:
     trace = json.loads(trace_json(answer, line))
     assert trace == json.loads(json.dumps(trace_dict(answer, line)))
     events = [event for event in trace["traceEvents"] if event["ph"] == "X"]
-    # Forward and backward of every chunk and micro-batch; gradients and optimizer once a rank.
-    assert len(events) == 4 * (2 * 2 * 16 + 2)
+    # Forward and backward of every chunk and micro-batch; gradients, clipping and optimizer once a rank.
+    assert len(events) == 4 * (2 * 2 * 16 + 3)
     assert max(event["ts"] + event["dur"] for event in events) == round(line.total_s * 1e6)
     for rank in range(4):
         own = [event for event in events if event["tid"] == rank]

@@ -64,7 +64,7 @@ def test_split_and_paired_actions(schedule: str, vpp: int, kinds: set[str]) -> N
     line = step_timeline(answer)
     for slices in line.ranks:
         assert all(a.end_s <= b.start_s + 1e-9 for a, b in pairwise(slices))
-        assert {item.kind for item in slices} - {"data_parallel", "optimizer"} <= kinds
+        assert {item.kind for item in slices} - {"data_parallel", "gradient_clipping", "optimizer"} <= kinds
         weights = [s for s in slices if s.kind in ("B", "W")]
         weights += [s for s in slices if s.kind == "FB"]
         assert len({(s.chunk, s.micro_batch, s.beside) for s in weights}) == len(weights)

@@ -74,7 +74,8 @@ def _table_tasks(precision: str, rows: int, width: int, vocab: int, size: int) -
 
 def _optimizer_tasks(precision: str, elements: Sequence[int], size: int) -> Iterator[tuple[dict[str, str], Make]]:
     states = state_bytes(load_stack(STACK), "fp32") if size == 4 else state_bytes(load_stack(STACK), "bf16", False)
-    per_parameter = states.update_traffic + 2 * 2 * states.moment_element
+    clipping = states.norm_traffic + states.scaling_traffic
+    per_parameter = clipping + states.update_traffic + 2 * 2 * states.moment_element
     for count in elements:
         yield _cells("optimizer", "", precision, round(per_parameter * 4 * count)), _optimizer(4 * count, precision)
 

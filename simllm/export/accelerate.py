@@ -91,6 +91,8 @@ def _check(job: Job) -> None:
         refuse(_NAME, f"precision={plan.precision}", "a plan holds no recipe for what it asks beyond bf16, fp16 and no")
     if training.master_weights is False:
         refuse(_NAME, "training without master weights", "that is the type the model is loaded in")
+    if training.capacity_factor is not None:
+        refuse(_NAME, f"capacity_factor={training.capacity_factor:g}", "experts are those of the model's code")
     if training.gradient_precision == "bf16":
         refuse(_NAME, "gradient_precision=bf16", "gradients are of the parameters' precision")
     if plan.zero == "0" and plan.tp * plan.cp > 1:
@@ -119,6 +121,11 @@ def _elsewhere(job: Job, in_file: bool) -> tuple[Elsewhere, ...]:
         Elsewhere(option="--micro-batch-size", value=str(plan.micro_batch_size), where="the DataLoader's batch_size"),
         Elsewhere(option="--global-batch-size", value=str(plan.global_batch_size), where=steps),
         Elsewhere(option="--optimizer", value=training.optimizer, where="the code"),
+        Elsewhere(
+            option="--gradient-clipping",
+            value="on" if training.gradient_clipping else "off",
+            where="the code: Accelerator.clip_grad_norm_()",
+        ),
     ]
     if plan.recompute.kind != "none" and not in_file:
         where = "the model: gradient_checkpointing_enable() or torch.utils.checkpoint"

@@ -60,6 +60,10 @@ def write(job: Job) -> Exported:
     }
     if plan.tp > 1:
         document["tensor_parallel"] = {"autotp_size": plan.tp}
+    if training.capacity_factor is not None:
+        refuse(_NAME, f"capacity_factor={training.capacity_factor:g}", "that is an argument of MoE layers in the code")
+    if not training.gradient_clipping:  # otherwise to a norm of 1, its default
+        document["gradient_clipping"] = 0.0
     if training.gradient_precision is not None:
         document["data_types"] = {"grad_accum_dtype": training.gradient_precision}
     elsewhere = [Elsewhere(option="--seq-len", value=str(training.seq_len), where="the data set")]
@@ -118,6 +122,7 @@ _RULES = KeyRules(
         "optimizer.params.momentum",
         "tensor_parallel.autotp_size",
         "data_types.grad_accum_dtype",
+        "gradient_clipping",
         "zero_allow_untested_optimizer",
     ),
     refused={
@@ -164,7 +169,6 @@ _RULES = KeyRules(
         "dump_state",
         "flops_profiler*",
         "fp16.*",
-        "gradient_clipping",
         "memory_breakdown",
         "monitor*",
         "optimizer.params.*",
@@ -249,6 +253,8 @@ def read(text: str, gpus: int | None = None) -> Imported:
     gradient = flat.get("data_types.grad_accum_dtype")
     if gradient is not None:
         settings["gradient_precision"] = gradient
+    if flat.get("gradient_clipping", 1.0) == 0:
+        settings["gradient_clipping"] = False
     return Imported(framework="deepspeed", settings=settings, notes=tuple(notes))
 
 

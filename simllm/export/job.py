@@ -266,6 +266,13 @@ class Job:
             if value != getattr(default, name):
                 refuse(framework, f"{name}={value}", "has no counterpart there")
 
+    def routing_note(self) -> tuple[str, ...]:
+        """A warning where the plan was priced for experts that are not in balance."""
+        imbalance = self.training.expert_imbalance
+        if imbalance == 1.0:
+            return ()
+        return (f"expert_imbalance={imbalance} was assumed of the router; no file can ask for it",)
+
     def stack_note(self, stacks: tuple[str, ...]) -> tuple[str, ...]:
         """A warning where the plan was priced for other software."""
         name = self.training.software.name

@@ -73,7 +73,7 @@ def write(job: Job) -> Exported:
         **_optimizer_arguments(job),
     }
     lines = [f"--{name}" if value is True else f"--{name} {_quoted(value)}" for name, value in args.items()]
-    notes = list(job.stack_note(_STACKS))
+    notes = [*job.stack_note(_STACKS), *job.routing_note()]
     left = ["data", "tokenizer", "learning rate", "checkpoints"]
     if args["position-embedding-type"] == "rope" and "rotary-base" not in args:
         left.append("--rotary-base")
@@ -96,7 +96,11 @@ def _expert_arguments(job: Job) -> dict[str, Any]:
         return {}
     if plan.ep > 1 and plan.precision == "fp16":
         refuse(_NAME, f"ep={plan.ep} in fp16", "its expert parallelism needs bf16 or fp32")
-    return {"expert-model-parallel-size": plan.ep, "expert-tensor-parallel-size": plan.etp}
+    args: dict[str, Any] = {"expert-model-parallel-size": plan.ep, "expert-tensor-parallel-size": plan.etp}
+    factor = job.training.capacity_factor
+    if factor is not None:
+        args |= {"moe-expert-capacity-factor": factor, "moe-pad-expert-input-to-capacity": True}
+    return args
 
 
 def _stage_arguments(job: Job) -> dict[str, Any]:
@@ -195,6 +199,8 @@ def _optimizer_arguments(job: Job) -> dict[str, Any]:
         args["optimizer"] = "adam"
     else:
         refuse(_NAME, f"optimizer={training.optimizer}", "it has adam, sgd and muon")
+    if not training.gradient_clipping:
+        args["clip-grad"] = 0.0
     if training.gradient_precision is not None:
         wide = training.gradient_precision == "fp32"
         args["accumulate-allreduce-grads-in-fp32" if wide else "grad-reduce-in-bf16"] = True

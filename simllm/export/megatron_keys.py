@@ -19,6 +19,7 @@ FLAGS = frozenset(
         "fp16",
         "grad-reduce-in-bf16",
         "group-query-attention",
+        "moe-pad-expert-input-to-capacity",
         "multi-latent-attention",
         "no-gradient-accumulation-fusion",
         "openai-gelu",
@@ -79,7 +80,9 @@ NUMBERS: dict[str, type] = {
         ),
         int,
     ),
-    **dict.fromkeys(("attention-dropout", "hidden-dropout", "sgd-momentum"), float),
+    **dict.fromkeys(
+        ("attention-dropout", "clip-grad", "hidden-dropout", "moe-expert-capacity-factor", "sgd-momentum"), float
+    ),
 }
 
 RULES = KeyRules(
@@ -110,7 +113,6 @@ RULES = KeyRules(
         "hybrid-attention-ratio": "a hybrid of attention and state-space layers by arguments",
         "hybrid-override-pattern": "a hybrid of attention and state-space layers by arguments",
         "is-hybrid-model": "a hybrid of attention and state-space layers by arguments",
-        "moe-expert-capacity-factor": "dropping tokens beyond a capacity",
         "optimizer-cpu-offload": "keeping optimizer states in host memory",
         "overlap-moe-expert-parallel-comm": "overlapping the experts' exchange with another micro-batch",
         "perform-rl-step": "reinforcement learning",
@@ -175,7 +177,6 @@ RULES = KeyRules(
         "calculate-per-token-loss",
         "check-*",
         "ckpt-*",
-        "clip-grad",
         "data-*",
         "dataloader-type",
         "decoupled-*",

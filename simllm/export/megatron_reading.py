@@ -67,7 +67,7 @@ def read(text: str, gpus: int | None = None) -> Imported:
     else:
         settings.pop("etp", None)
     settings["sequence_parallel"] = bool(args.get("sequence-parallel")) and tp > 1
-    settings |= _read_stages(args, pp) | _read_precision(args) | _read_optimizer(args)
+    settings |= _read_stages(args, pp) | _read_precision(args) | _read_optimizer(args) | _read_capacity(args)
     settings["recompute"] = _read_recompute(args, pp * settings.get("vpp", 1), bool(settings.get("uneven_layers")))
     settings |= _read_sharding(args, tp * pp * settings.get("cp", 1), settings.get("cp", 1), gpus)
     return Imported(framework="megatron", settings=settings, model=model, notes=tuple(notes))
@@ -116,7 +116,7 @@ def _value(name: str, given: list[str]) -> Any:
         number = float(text) if NUMBERS[name] is float else int(text)
     except ValueError:
         raise InputError(f"--{name} {text} is not a number") from None
-    if number < 0 or (number == 0 and name not in ("attention-dropout", "hidden-dropout", "sgd-momentum")):
+    if number < 0 or (number == 0 and name not in ("attention-dropout", "clip-grad", "hidden-dropout", "sgd-momentum")):
         raise InputError(f"--{name} {text} must be above zero")
     return number
 
@@ -202,12 +202,26 @@ def _read_precision(args: Mapping[str, Any]) -> dict[str, Any]:
     return {"precision": "bf16" if args.get("bf16") else "fp16" if args.get("fp16") else "fp32"}
 
 
+def _read_capacity(args: Mapping[str, Any]) -> dict[str, Any]:
+    factor = args.get("moe-expert-capacity-factor")
+    if factor is None:
+        return {}
+    if not args.get("moe-pad-expert-input-to-capacity"):
+        raise UnsupportedError(
+            f"--moe-expert-capacity-factor {factor:g} without --moe-pad-expert-input-to-capacity is not modelled; "
+            "experts that take a fixed number of rows are"
+        )
+    return {"capacity_factor": factor}
+
+
 def _read_optimizer(args: Mapping[str, Any]) -> dict[str, Any]:
     name = args.get("optimizer", "adam")
     if name not in ("adam", "sgd", "muon"):
         raise unknown_name("--optimizer", name, ("adam", "sgd", "muon"))
     momentum = args.get("sgd-momentum", 0.9)
     settings: dict[str, Any] = {"optimizer": "sgd-momentum" if name == "sgd" and momentum else name}
+    if args.get("clip-grad", 1.0) == 0:
+        settings["gradient_clipping"] = False
     if args.get("grad-reduce-in-bf16"):
         settings["gradient_precision"] = "bf16"
     elif args.get("accumulate-allreduce-grads-in-fp32"):

@@ -70,6 +70,10 @@ def write(job: Job) -> Exported:
         refuse(_NAME, f"optimizer={training.optimizer}", "it has Adam and AdamW")
     if training.gradient_precision == "bf16" and training.master_weights is not False:
         refuse(_NAME, "gradient_precision=bf16", "gradients are of the parameters' precision, and reduced in float32")
+    if not training.gradient_clipping:
+        refuse(_NAME, "training without gradient clipping", "it always clips to training.max_norm")
+    if training.capacity_factor is not None:
+        refuse(_NAME, f"capacity_factor={training.capacity_factor:g}", "its experts take every token")
     precision = _precision(job)
     parallelism: dict[str, Any] = {
         **_data_parallel(job),
@@ -103,6 +107,7 @@ def write(job: Job) -> Exported:
         elsewhere=(Elsewhere(option="--gpus", value=str(plan.num_gpus), where="the launcher"),),
         notes=(
             *job.stack_note(_STACKS),
+            *job.routing_note(),
             "torchtitan 0.2 reads this; 0.3 keeps its settings in Python",
             "to be added, without effect on the cost: data set, assets of the tokenizer, learning rate, checkpoints",
         ),

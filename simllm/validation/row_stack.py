@@ -15,7 +15,15 @@ from simllm.errors import InputError
 from simllm.hardware.stack import BytesPer, Fraction, Overlap, Stack, list_stacks, load_stack
 from simllm.validation.table import Row
 
-__all__ = ["MEGATRON_UNTIL_2022", "base_stack", "check_task", "dropout_of", "run_stack", "state_what_is_not_modelled"]
+__all__ = [
+    "MEGATRON_UNTIL_2022",
+    "base_stack",
+    "capacity_of",
+    "check_task",
+    "dropout_of",
+    "run_stack",
+    "state_what_is_not_modelled",
+]
 
 _Load = Callable[[str], Stack]
 
@@ -181,10 +189,29 @@ _REFINEMENTS: tuple[Callable[[Row, Stack, _Load], tuple[Stack, str] | None], ...
 #: What notes may state and the engine does not model, with the sentence that says what is priced instead.
 _NOT_MODELLED = (
     (r"cp via a2a", "context parallelism by all-to-all is priced as a ring"),
-    (r"token.?drop|capacity factor|pad.to.capacity", "dropping and padding of tokens is priced as balanced routing"),
     (r"cuda graph", "the gain of CUDA graphs is not priced"),
     (r"(?<!w/o )(?<!without )\bmtp\b", "layers for multi-token prediction are not priced"),
 )
+
+
+def capacity_of(row: Row) -> float | None:
+    """The capacity factor of the experts that the row states; None where no token is dropped.
+
+    Recipes that drop tokens without saying more do it at a factor of 1 and pad up to it (Megatron-Core, MoE README:
+    moe_expert_capacity_factor, moe_pad_expert_input_to_capacity).
+    """
+    text = " ".join(row.text(name) for name in ("model_name", "overlap_notes", "notes")).casefold()
+    stated = re.search(r"capacity factor\s*(\d+(?:\.\d+)?)", text)
+    if stated:
+        factor = float(stated[1])
+    elif re.search(r"token.?drop(?!less)|pad.to.capacity", text):
+        factor = 1.0
+    else:
+        return None
+    row.assume(
+        f"experts take a fixed number of rows, {factor:g} times their mean share: as evenly as balance is forced"
+    )
+    return factor
 
 
 def state_what_is_not_modelled(row: Row) -> None:

@@ -23,6 +23,7 @@ from simllm.validation.row_model import check_parameters, model_spec
 from simllm.validation.row_plan import run_cluster, run_plan
 from simllm.validation.row_stack import (
     base_stack,
+    capacity_of,
     check_task,
     dropout_of,
     run_stack,
@@ -284,7 +285,9 @@ def _price(row: Row, models: dict[ModelSpec, Model], constants: Constants | None
     stack = run_stack(row, base, load_stack if constants is None else constants.load_stack)
     plan = run_plan(row, model, cluster, stack, base, seq_len)
     state_what_is_not_modelled(row)
-    return must_have_fitted(row, estimate(model, cluster, plan, Training(seq_len=seq_len, stack=stack)))
+    capacity = capacity_of(row) if "experts" in model.parameters.by_component else None
+    run = Training(seq_len=seq_len, stack=stack, capacity_factor=capacity)
+    return must_have_fitted(row, estimate(model, cluster, plan, run))
 
 
 def _measured_step_time(row: Row) -> float | None:

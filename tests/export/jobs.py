@@ -21,6 +21,8 @@ MODELS = ("llama-3-8b", "llama-3.1-405b", "qwen3-8b", "qwen3-30b-a3b", "deepseek
 #: What each framework can say, so that most of the plans drawn can be exported to it.
 RANGES: dict[str, dict[str, Any]] = {
     "megatron": {
+        "clipping": (True, True, False),
+        "capacity": (None, None, 1.0, 1.25),
         "cp": (1, 1, 2),
         "models": MODELS,
         "sequence": (True, False),
@@ -34,6 +36,8 @@ RANGES: dict[str, dict[str, Any]] = {
         "stack": ("megatron-core",),
     },
     "deepspeed": {
+        "clipping": (True, False),
+        "capacity": (None,),
         "cp": (1,),
         "models": MODELS[:3],
         "sequence": (False,),
@@ -47,6 +51,8 @@ RANGES: dict[str, dict[str, Any]] = {
         "stack": ("megatron-deepspeed",),
     },
     "torchtitan": {
+        "clipping": (True,),
+        "capacity": (None,),
         "cp": (1, 1, 2),
         "models": MODELS[:5],
         "sequence": (True,),
@@ -60,6 +66,8 @@ RANGES: dict[str, dict[str, Any]] = {
         "stack": ("torchtitan", "torchtitan-eager"),
     },
     "accelerate": {
+        "clipping": (True, False),
+        "capacity": (None,),
         "cp": (1, 1, 2),
         "models": MODELS[:3],
         "sequence": (False,),
@@ -102,6 +110,8 @@ def jobs(draw: st.DrawFn, framework: str) -> Job:
         optimizer=pick(*some["optimizer"]),
         master_weights=pick(None, None, False),
         gradient_precision=pick(*some["gradient"]),
+        gradient_clipping=pick(*some["clipping"]),
+        capacity_factor=pick(*some["capacity"]) if moe else None,
     )
     try:
         plan = Plan(

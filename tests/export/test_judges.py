@@ -201,6 +201,7 @@ def test_deepspeed_reads_its_json_with_the_same_meaning(data: st.DataObject) -> 
     assert config.float16_config.enabled == (plan.precision == "fp16")
     assert config.bfloat16_config.bf16_optimizer_states == (training.master_weights is False)
     assert config.grad_accum_dtype == training.gradient_precision
+    assert config.gradient_clipping == training.gradient_clipping
     assert (config.tensor_parallel_config.autotp_size or 1) == plan.tp
     assert config.optimizer_name.lower() in ("adamw", "sgd", "muon", "adafactor")
     unread = set(document) - {
@@ -213,6 +214,7 @@ def test_deepspeed_reads_its_json_with_the_same_meaning(data: st.DataObject) -> 
         "optimizer",
         "tensor_parallel",
         "data_types",
+        "gradient_clipping",
         "zero_allow_untested_optimizer",
     }
     assert not unread

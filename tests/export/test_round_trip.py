@@ -49,6 +49,9 @@ def test_a_plan_comes_back_as_it_went(framework: str, data: st.DataObject) -> No
     assert found.get("optimizer", "adam") == chosen.training.optimizer
     assert found.get("master_weights") == chosen.training.master_weights
     assert found.get("gradient_precision") == chosen.training.gradient_precision
+    clipping = chosen.training.gradient_clipping
+    assert found.get("gradient_clipping", True) == (("off", "on")[clipping] if framework == "accelerate" else clipping)
+    assert found.get("capacity_factor") == chosen.training.capacity_factor
     if chosen.plan.zero != "0" or framework != "accelerate":  # plain replicas look the same with both FSDPs
         assert imported.settings["stack"] == chosen.training.stack
     if imported.model is not None:

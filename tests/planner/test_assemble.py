@@ -98,6 +98,22 @@ def test_arrays_equal_scalar_estimates(
     assert_equal_to_scalar(found, model, training, sample=25, seed=seed)
 
 
+@pytest.mark.parametrize(
+    "routing",
+    [
+        {"expert_imbalance": 1.4},
+        {"expert_imbalance": "random", "gradient_clipping": False},
+        {"expert_imbalance": 2.0, "capacity_factor": 1.25},
+    ],
+)
+@pytest.mark.parametrize("name", ["mixtral-8x7b", "deepseek-v2-lite"])
+def test_imbalance_capacity_and_clipping_are_in_the_arrays(name: str, routing: dict[str, Any]) -> None:
+    model, training = Model.load(name), Training(seq_len=1024, **routing)
+    few = Constraints(micro_batch_size=(1, 4), cp=(1, 2), ep=(1, 2, 4, 8))
+    found = evaluated(model, Cluster.load("dgx-h100", 16), training, 64, few)
+    assert_equal_to_scalar(found, model, training, sample=40)
+
+
 @settings(
     max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate]
 )

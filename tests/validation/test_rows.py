@@ -10,6 +10,7 @@ from simllm.validation.row_model import check_parameters, model_spec
 from simllm.validation.row_plan import run_cluster, run_plan
 from simllm.validation.row_stack import (
     base_stack,
+    capacity_of,
     check_task,
     dropout_of,
     run_stack,
@@ -261,6 +262,21 @@ class TestStack:
             check_task(row_of(good, task="QLoRA"))
         check_task(row_of(good, task=""))
         check_task(row_of(good, task="LoRA"))
+
+    @pytest.mark.parametrize(
+        ("cells", "factor"),
+        [
+            ({"model_name": "Qwen3_30B_a3B (tokendrop)"}, 1.0),
+            ({"notes": "capacity factor 1.25, pad-to-capacity"}, 1.25),
+            ({"notes": "token-drop capacity factor 1. dp = derived"}, 1.0),
+            ({"model_name": "DeepSeekV3 (dropless)", "notes": "all benchmarks are token-dropless"}, None),
+            ({}, None),
+        ],
+    )
+    def test_capacity_as_stated(self, good, cells, factor):
+        row = row_of(good, **cells)
+        assert capacity_of(row) == factor
+        assert len(row.assumptions) == (factor is not None)
 
     def test_multi_token_prediction_is_only_missing_where_it_was_on(self, good):
         on, off = row_of(good, notes="MTP presumably on"), row_of(good, model_name="DeepSeekV3 (w/o MTP)")

@@ -63,6 +63,9 @@ class Kernels(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     router_weights : str
         Where the router's weight of a token multiplies: the expert's ``output``, which is then kept, or its
         ``activation``.
+    expert_bias : str
+        Where the router's weight multiplies the activation, it also has to multiply the bias of the expert's last
+        product: ``fused`` with the product, or ``eager``, expert by expert.
     """
 
     attention: Literal["best", "unfused", "flash1", "flash2", "flash3", "cudnn"]
@@ -73,6 +76,7 @@ class Kernels(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     dropout_add: Literal["fused", "eager"]
     sequence_gather: Literal["again", "kept"]
     router_weights: Literal["output", "activation"]
+    expert_bias: Literal["fused", "eager"] = "fused"
 
 
 class Overlap(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -141,6 +145,13 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     context, communicator : Bytes
         Device memory outside the framework's allocator: the CUDA context with its libraries, and NCCL's buffers for
         every group of several ranks that a rank communicates in.
+    expert_launch : Seconds, optional
+        Where products of experts are launched expert by expert: time for each kernel of each expert. None: one kernel
+        works for all experts.
+    expert_wait : Seconds, optional
+        Where the host waits in every layer of experts until it knows how many tokens each of them gets: time of the
+        forward in which the device runs dry before the host is ahead again; the backward has ``host_backward_ratio``
+        times as much. None: shapes are known beforehand, or the device reads them itself.
     """
 
     host_per_layer_forward: Seconds
@@ -152,6 +163,8 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     moe_permute_traffic: Factor
     context: Bytes
     communicator: Bytes
+    expert_launch: Seconds | None = None
+    expert_wait: Seconds | None = None
 
 
 class Stack(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind", tag="stack"):

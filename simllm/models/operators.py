@@ -41,6 +41,11 @@ _KEEPS_RESULT = frozenset({"relu", "sigmoid", "tanh"})
 # Functions that Hugging Face writes as a chain of single operators: tensors the chain keeps beside the input. gelu_new
 # is 0.5 x (1 + tanh(c (x + 0.044715 x^3))), of which 0.5 x, the tanh, and one plus it are kept.
 _EAGER_CHAIN = {"gelu_new": 3, "gelu_fast": 6, "quick_gelu": 1}
+# The weighted bias of an expert's last product as single operators, in bytes per element of the result. Bias times
+# float32 weight (4), sum (2+4+4), the experts side by side (4+4), back to 16 bits (4+2). Backward: to float32 (2+4),
+# the product's part back and side by side (4+2, 2+2), products with weight and bias (4+4, 4+4) and their sums (4, 4).
+_EAGER_EXPERT_BIAS_FORWARD = 28
+_EAGER_EXPERT_BIAS_BACKWARD = 40
 # Rotary embedding as single operators on a tensor: negate and concatenate the halves (2+2 and 2+2), two products
 # (2+2 each, the tables are small), one sum (4+2).
 _EAGER_ROPE = 22
@@ -147,11 +152,23 @@ class GroupedProjection(Operator):
         return layout.tokens(self.inputs[0]), n, k, groups
 
     def forward(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
-        return (*_expansion(self, layout, impl), GroupedGemm(*self._shape(layout)))
+        weighted = self._weighted_bias(layout, impl, _EAGER_EXPERT_BIAS_FORWARD, 2, 2)
+        return (*_expansion(self, layout, impl), GroupedGemm(*self._shape(layout)), *weighted)
 
     def backward_input(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
         tokens, n, k, groups = self._shape(layout)
-        return (*_expansion(self, layout, impl), GroupedGemm(tokens, k, n, groups))
+        weighted = self._weighted_bias(layout, impl, _EAGER_EXPERT_BIAS_BACKWARD, 5, 2)
+        return (*_expansion(self, layout, impl), GroupedGemm(tokens, k, n, groups), *weighted)
+
+    def _weighted_bias(
+        self, layout: Layout, impl: Implementation, per_element: int, each: int, together: int
+    ) -> tuple[Work, ...]:
+        """The router's weight on the bias of the last product, where no kernel does it: so many kernels an expert."""
+        last = self.outputs[0].axes[-1].name == "hidden"
+        if not (self.bias and last and impl.router_weights == "activation" and impl.expert_bias == "eager"):
+            return ()
+        groups = self._shape(layout)[3]
+        return (Stream(layout.elements(self.outputs[0]) * per_element, groups * each + together),)
 
     def backward_weight(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
         tokens, _, k, groups = self._shape(layout)

@@ -16,7 +16,7 @@ from simllm.hardware.stack import Stack
 from simllm.kernels import Kernels
 from simllm.models.activations import Recompute, recomputed_operators
 from simllm.models.graph import Graph, Implementation, Layout, Operator
-from simllm.models.operators import Combine, Dispatch
+from simllm.models.operators import Combine, Dispatch, GroupedProjection
 from simllm.models.work import AttentionWork, Gemm, GroupedGemm, Work
 from simllm.network import Group, price
 from simllm.parallel.communication import Collective, block_collectives
@@ -64,6 +64,7 @@ def implementation_of(stack: Stack, kernels: Kernels, precision: str) -> Impleme
         dropout_add=stack.kernels.dropout_add,
         sequence_gather=stack.kernels.sequence_gather,
         router_weights=stack.kernels.router_weights,
+        expert_bias=stack.kernels.expert_bias,
         activation_bytes=4 if precision in ("fp32", "tf32") else 2,
         logits_saved_bytes=stack.costs.logits_saved.si,
         loss_traffic_bytes=stack.costs.loss_traffic.si,
@@ -173,19 +174,36 @@ class Engine:
     def operator_forward(self, operator: Operator, layout: Layout) -> Cost:
         """Seconds of one operator forward."""
         precision, permute = self._treatment(operator)
-        return self._price_work(operator.forward(layout, self.impl), precision, permute, 2, stream_kind(operator))
+        work = operator.forward(layout, self.impl)
+        return self._price_work(work, precision, permute, 2, stream_kind(operator)) + self._launches(
+            operator, layout, work
+        )
 
     def operator_backward(self, operator: Operator, layout: Layout, through: bool = True) -> tuple[Cost, Cost]:
         """Seconds of the gradients of one operator's inputs, where they are asked for, and of its weights."""
         precision, permute = self._treatment(operator)
         kind = stream_kind(operator, backward=True)
         inputs = operator.backward_input(layout, self.impl) if through else ()
+        weights = operator.backward_weight(layout, self.impl)
         # Both operands of a weight's gradient are quantised by then, along both axes at once: the input in the forward
         # pass, the output's gradient for the gradient of the input.
         return (
-            self._price_work(inputs, precision, permute, 4, kind),
-            self._price_work(operator.backward_weight(layout, self.impl), precision, permute, 4, kind, "none"),
+            self._price_work(inputs, precision, permute, 4, kind) + self._launches(operator, layout, inputs),
+            self._price_work(weights, precision, permute, 4, kind, "none") + self._launches(operator, layout, weights),
         )
+
+    def _launches(self, operator: Operator, layout: Layout, work: Iterable[Work]) -> Cost:
+        """What the host needs where products of experts are launched expert by expert.
+
+        A product in 16 bits is one kernel; in fewer its operand is quantised and the scales are arranged before it.
+        """
+        each = self.stack.costs.expert_launch
+        if each is None or not isinstance(operator, GroupedProjection):
+            return Cost()
+        groups = next(layout.size(weight.axes[0]) for weight in operator.weights)
+        kernels = 1 if self.precision == self.high_precision else 3
+        products = sum(isinstance(item, Gemm | GroupedGemm) for item in work)
+        return Cost(host=products * groups * kernels * each.si)
 
     def _treatment(self, operator: Operator) -> tuple[str, float]:
         high = operator.component in _HIGH_PRECISION_COMPONENTS
@@ -263,8 +281,13 @@ class Engine:
             # backward is not.
             own = _own_operators(graph)
             behind_share = sum(graph.runs_backward(operator) for operator in graph.operators) / own
-            forward += Cost(host=launch_s(host * (len(graph.operators) / own), forward.total, join))
-            backward += Cost(host=launch_s(host * ratio * behind_share, backward.total, join))
+            ahead_s, behind_s = forward.total - forward.host, backward.total - backward.host
+            forward += Cost(host=launch_s(host * (len(graph.operators) / own), ahead_s, join))
+            backward += Cost(host=launch_s(host * ratio * behind_share, behind_s, join))
+            wait = self.stack.costs.expert_wait
+            if wait is not None and any(isinstance(operator, Dispatch) for operator in graph.operators):
+                forward += Cost(host=wait.si)
+                backward += Cost(host=wait.si * ratio)
         return forward, backward, weights.total
 
     def _price_again(self, graph: Graph, layout: Layout, groups: BlockGroups, policy: Recompute) -> float:

@@ -176,6 +176,24 @@ def _loss_before_2025(row: Row, stack: Stack, load: _Load) -> tuple[Stack, str] 
     return msgspec.structs.replace(stack, costs=costs), "the loss is not compiled, as in torchtitan until 2024"
 
 
+def _fused_experts(row: Row, stack: Stack, load: _Load) -> tuple[Stack, str] | None:
+    """Megatron-Bridge since 26.06: one kernel for the products of all experts in mxfp8, and graphs of whole steps.
+
+    The kernels are for Blackwell (release notes of Megatron-Bridge 0.5.1: grouped GEMM fused by CuTeDSL, CUDA graphs of
+    full iterations).
+    """
+    container = re.search(r"\b(\d\d)\.(\d\d)(?:\.\d+)? NeMo Container", f"{row.text('source')} {row.text('notes')}")
+    blackwell = row.text("gpu").casefold().startswith(("b200", "b300", "gb200", "gb300"))
+    if stack.name != "megatron-bridge" or container is None or not blackwell:
+        return None
+    if row.text("precision").casefold() != "mxfp8" or (int(container[1]), int(container[2])) < (26, 6):
+        return None
+    kernels = msgspec.structs.replace(stack.kernels, expert_bias="fused")
+    costs = msgspec.structs.replace(stack.costs, expert_launch=None, expert_wait=None)
+    stack = msgspec.structs.replace(stack, kernels=kernels, costs=costs)
+    return stack, "one kernel for all experts and CUDA graphs of whole steps, as Megatron-Bridge has since 26.06"
+
+
 _REFINEMENTS: tuple[Callable[[Row, Stack, _Load], tuple[Stack, str] | None], ...] = (
     _attention,
     _no_overlap,
@@ -183,6 +201,7 @@ _REFINEMENTS: tuple[Callable[[Row, Stack, _Load], tuple[Stack, str] | None], ...
     _gradients_in_16_bits,
     _parameters_in_8_bits,
     _loss_before_2025,
+    _fused_experts,
 )
 
 

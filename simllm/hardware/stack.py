@@ -63,9 +63,9 @@ class Kernels(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     router_weights : str
         Where the router's weight of a token multiplies: the expert's ``output``, which is then kept, or its
         ``activation``.
-    expert_bias : str
-        Where the router's weight multiplies the activation, it also has to multiply the bias of the expert's last
-        product: ``fused`` with the product, or ``eager``, expert by expert.
+    expert_extras : str
+        What an expert has beside its products and activation, the limits of a clamped activation and the router's
+        weight on the bias of the last product: ``fused`` with these, or ``eager``, a chain of single operators.
     """
 
     attention: Literal["best", "unfused", "flash1", "flash2", "flash3", "cudnn"]
@@ -76,7 +76,7 @@ class Kernels(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     dropout_add: Literal["fused", "eager"]
     sequence_gather: Literal["again", "kept"]
     router_weights: Literal["output", "activation"]
-    expert_bias: Literal["fused", "eager"] = "fused"
+    expert_extras: Literal["fused", "eager"] = "fused"
 
 
 class Overlap(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

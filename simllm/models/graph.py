@@ -189,9 +189,10 @@ class Implementation:
         Where the router's weight of a token multiplies: the expert's ``output``, which is then kept (transformers), or
         its ``activation`` (Megatron-Core's weighted SwiGLU), which has the same effect as long as the expert's last
         product has no bias.
-    expert_bias : {"fused", "eager"}
-        With weights on the ``activation``, how the bias of an expert's last product gets the router's weight: in the
-        product's kernel, or as a chain of PyTorch operators for each expert (Megatron-Core's ``TEGroupedMLP``).
+    expert_extras : {"fused", "eager"}
+        The limits of a clamped activation and, with weights on the ``activation``, the router's weight on the bias of
+        an expert's last product: in the kernels of these, or as chains of PyTorch operators (Megatron-Core's
+        ``TEGroupedMLP``).
     activation_bytes : int
         Bytes of one element of an activation.
     logits_saved_bytes : float
@@ -208,7 +209,7 @@ class Implementation:
     dropout_add: Literal["fused", "eager"] = "fused"
     sequence_gather: Literal["again", "kept"] = "again"
     router_weights: Literal["output", "activation"] = "output"
-    expert_bias: Literal["fused", "eager"] = "fused"
+    expert_extras: Literal["fused", "eager"] = "fused"
     activation_bytes: int = 2
     logits_saved_bytes: float = 4.0
     loss_traffic_bytes: float = 20.0

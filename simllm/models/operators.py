@@ -165,7 +165,7 @@ class GroupedProjection(Operator):
     ) -> tuple[Work, ...]:
         """The router's weight on the bias of the last product, where no kernel does it: so many kernels an expert."""
         last = self.outputs[0].axes[-1].name == "hidden"
-        if not (self.bias and last and impl.router_weights == "activation" and impl.expert_bias == "eager"):
+        if not (self.bias and last and impl.router_weights == "activation" and impl.expert_extras == "eager"):
             return ()
         groups = self._shape(layout)[3]
         return (Stream(layout.elements(self.outputs[0]) * per_element, groups * each + together),)
@@ -363,16 +363,25 @@ class Activation(Operator):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GatedActivation(Operator):
-    """``f(gate) * up``: fused it keeps gate and up; as two operators ``f(gate)``, up, and what ``f`` keeps."""
+    """``f(gate) * up``: fused it keeps gate and up; as two operators ``f(gate)``, up, and what ``f`` keeps.
+
+    ``clamped``: gate and up are limited to a range first. Not fused, both are read and written, then put side by side
+    again; backward, each limit reads its gradient and its input, and the gradients are put side by side.
+    """
 
     function: str = "silu"
+    clamped: bool = False
 
     def forward(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
         passes, kernels = (3, 1) if impl.activation == "fused" else (5, 2)
+        if self.clamped and impl.expert_extras == "eager":
+            passes, kernels = passes + 8, kernels + 3
         return (Stream(_bytes(layout, impl, self.outputs[0]) * passes, kernels),)
 
     def backward_input(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
         passes, kernels = (5, 1) if impl.activation == "fused" else (9, 3)
+        if self.clamped and impl.expert_extras == "eager":
+            passes, kernels = passes + 10, kernels + 3
         return (Stream(_bytes(layout, impl, self.outputs[0]) * passes, kernels),)
 
     def saved(self, impl: Implementation) -> tuple[Tensor, ...]:

@@ -94,6 +94,8 @@ class MLPSpec:
     activation: str
     gated: bool = False
     bias: bool = False
+    #: Gate and linear part are limited to a range before they are multiplied (gpt-oss).
+    clamped: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -212,7 +212,15 @@ def _experts(b: Builder, spec: MoESpec, routed: Tensor) -> Tensor:
     act = (Tensor("expert_act", (rows, ffn)),)
     if expert.gated:
         pair = grouped("gate_up", routed, {"gate": ffn, "up": ffn})
-        inner = b.add(GatedActivation, "expert_act", "experts", pair, act, function=expert.activation)
+        inner = b.add(
+            GatedActivation,
+            "expert_act",
+            "experts",
+            pair,
+            act,
+            function=expert.activation,
+            clamped=expert.clamped,
+        )
     else:
         up = grouped("up", routed, {"up": ffn})
         inner = b.add(Activation, "expert_act", "experts", up, act, function=expert.activation)

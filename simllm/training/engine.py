@@ -64,7 +64,7 @@ def implementation_of(stack: Stack, kernels: Kernels, precision: str) -> Impleme
         dropout_add=stack.kernels.dropout_add,
         sequence_gather=stack.kernels.sequence_gather,
         router_weights=stack.kernels.router_weights,
-        expert_bias=stack.kernels.expert_bias,
+        expert_extras=stack.kernels.expert_extras,
         activation_bytes=4 if precision in ("fp32", "tf32") else 2,
         logits_saved_bytes=stack.costs.logits_saved.si,
         loss_traffic_bytes=stack.costs.loss_traffic.si,

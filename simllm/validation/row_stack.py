@@ -188,7 +188,7 @@ def _fused_experts(row: Row, stack: Stack, load: _Load) -> tuple[Stack, str] | N
         return None
     if row.text("precision").casefold() != "mxfp8" or (int(container[1]), int(container[2])) < (26, 6):
         return None
-    kernels = msgspec.structs.replace(stack.kernels, expert_bias="fused")
+    kernels = msgspec.structs.replace(stack.kernels, expert_extras="fused")
     costs = msgspec.structs.replace(stack.costs, expert_launch=None, expert_wait=None)
     stack = msgspec.structs.replace(stack, kernels=kernels, costs=costs)
     return stack, "one kernel for all experts and CUDA graphs of whole steps, as Megatron-Bridge has since 26.06"

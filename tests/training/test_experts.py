@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simllm.errors import InputError
 from simllm.hardware import Cluster
+from simllm.hardware.stack import Stack, load_stack
 from simllm.models import Model
 from simllm.models.graph import Graph
 from simllm.models.routing import Routing
@@ -179,3 +181,54 @@ def test_gradients_whose_update_is_on_the_host_are_scaled_there() -> None:
     device = run(model, here).time.by_cause["gradient_clipping"]
     assert on.time.by_cause["gradient_clipping"] > 2 * device
     assert on.step_time_s - off.step_time_s == pytest.approx(on.time.by_cause["gradient_clipping"], rel=1e-6)
+
+
+# -- the host of experts ---------------------------------------------------------------------------------------------
+
+
+def without(*names: str) -> Stack:
+    """Megatron-Core without some of the costs of experts."""
+    stack = load_stack("megatron-core")
+    return msgspec.structs.replace(stack, costs=msgspec.structs.replace(stack.costs, **dict.fromkeys(names)))
+
+
+@pytest.mark.parametrize(("precision", "kernels"), [("bf16", 1), ("fp8", 3)])
+def test_kernels_of_every_expert_are_launched_by_hand(precision: str, kernels: int) -> None:
+    plan = replace(PLAN, ep=2, precision=precision)
+    each = load_stack("megatron-core").costs.expert_launch
+    assert each is not None
+    on, off = run(plan=plan), run(plan=plan, stack=without("expert_launch"))
+    # Four experts on a rank; two products, each once forward and twice backward; 32 layers, 8 micro-batches.
+    expected = 4 * 2 * 3 * kernels * each.si * 32 * 8
+    assert on.time.by_cause["host"] - off.time.by_cause["host"] == pytest.approx(expected)
+    assert on.time.by_cause["matmul"] == off.time.by_cause["matmul"]
+
+
+def test_the_host_waits_for_the_router_in_every_layer_of_experts() -> None:
+    costs = load_stack("megatron-core").costs
+    assert costs.expert_wait is not None
+    on, off = run(), run(stack=without("expert_wait"))
+    expected = costs.expert_wait.si * (1 + costs.host_backward_ratio.si) * 32 * 8
+    assert on.step_time_s - off.step_time_s == pytest.approx(expected)
+    dense = Model.load("llama-3-8b"), Plan(dp=32, global_batch_size=32)
+    assert run(*dense).step_time_s == run(*dense, stack=without("expert_wait", "expert_launch")).step_time_s
+
+
+def test_the_weighted_bias_and_the_limits_of_experts_by_hand() -> None:
+    model = Model.load("gpt-oss-20b")
+    plan = Plan(ep=8, dp=32, global_batch_size=32)
+    stack = load_stack("megatron-core")
+    fused = msgspec.structs.replace(stack, kernels=msgspec.structs.replace(stack.kernels, expert_extras="fused"))
+    step = Step(model, CLUSTER, plan, Training(seq_len=4096))
+    more = run(model, plan).time.by_cause["elementwise"] - run(model, plan, stack=fused).time.by_cause["elementwise"]
+    # 4096 tokens with four rows of 2880 each; 28 B forward in 2 kernels an expert and 2, 40 B backward in 5 and 2.
+    elements, rate = (
+        4 * 4096 * 2880,
+        step.engine.kernels.profile.memory_efficiency * CLUSTER.accelerator.memory_bandwidth,
+    )
+    launch = step.engine.kernels.launch_s
+    expected = sum(elements * b / rate + n * launch for b, n in ((28, 10), (40, 22)))
+    # The limits of gate and linear part: 8 passes over 16 bits in 3 kernels forward, 10 in 3 backward.
+    expected += elements * 2 * 18 / rate + 6 * launch
+    assert more == pytest.approx(24 * expected, rel=1e-6)
+    assert run(MIXTRAL, stack=stack).step_time_s == run(MIXTRAL, stack=fused).step_time_s

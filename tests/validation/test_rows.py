@@ -253,6 +253,25 @@ class TestStack:
         )
         assert fp8.states.gathered_parameter.si == 1
 
+    @pytest.mark.parametrize(
+        ("cells", "fused"),
+        [
+            ({"source": "docs/performance-summary.md [26.06 NeMo Container]"}, True),
+            ({"source": "docs/performance-summary.md [26.06.01 NeMo Container]"}, True),
+            ({"notes": "27.02 NeMo Container; Pre-Training Performance"}, True),
+            ({"source": "docs/performance-summary.md [26.04 NeMo Container]"}, False),
+            ({"source": "docs/performance-summary.md [26.06 NeMo Container]", "precision": "bf16"}, False),
+            ({"source": "docs/performance-summary.md [26.06 NeMo Container]", "gpu": "h100-sxm"}, False),
+            ({}, False),
+        ],
+    )
+    def test_experts_in_one_kernel_since_2606(self, good, cells, fused):
+        row = row_of(good, **{"gpu": "gb200", "precision": "mxfp8", **cells})
+        stack = run_stack(row, "megatron-bridge")
+        assert (stack.costs.expert_launch is None, stack.costs.expert_wait is None) == (fused, fused)
+        assert stack.kernels.expert_extras == ("fused" if fused else "eager")
+        assert run_stack(row, "nemo") == load_stack("nemo")
+
     def test_dropout_is_that_of_the_old_megatron_frameworks(self, good):
         assert dropout_of(row_of(good), "megatron-deepspeed") == 0.1
         assert dropout_of(row_of(good), "nemo") == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from simllm.models.families.fields import (
     Table,
     Values,
@@ -171,7 +173,8 @@ def _gpt_oss(v: Values) -> ModelSpec:
 
     def block(window: int | None) -> BlockSpec:
         mixer = attention(v, sliding_window=window, qkv_bias=bias, out_bias=bias, sinks=True)
-        return BlockSpec(mixer=mixer, mlp=mixture(v, gated_mlp(v, bias=True), router_bias=True), norm=RMS_NORM)
+        expert = replace(gated_mlp(v, bias=True), clamped=True)
+        return BlockSpec(mixer=mixer, mlp=mixture(v, expert, router_bias=True), norm=RMS_NORM)
 
     return decoder(v, stack_of(windows(v, lambda index: index % 2 == 0), block), final_norm=RMS_NORM)
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simllm.models.graph import Axis, Layout
@@ -78,6 +78,7 @@ def test_rows_dropped_at_random_are_those_of_simulated_routers(factor: float) ->
     assert load.dropped_rows == pytest.approx(dropped, rel=0.06, abs=0.5)
 
 
+@settings(deadline=None)
 @given(imbalance=IMBALANCES, factor=FACTORS, tokens=st.integers(1, 10**5), shape=SHAPES, ep=st.sampled_from([1, 2, 8]))
 def test_computed_and_dropped_rows_are_those_asked_for(
     imbalance: float | Literal["random"], factor: float | None, tokens: int, shape: tuple[int, int], ep: int
@@ -92,6 +93,7 @@ def test_computed_and_dropped_rows_are_those_asked_for(
         assert load.dropped_rows == 0
 
 
+@settings(deadline=None)
 @given(
     low=st.floats(1, 8),
     more=st.floats(0, 4),

@@ -50,6 +50,9 @@ from simllm.cli.output import check_output, check_plot, command_line, emit, writ
 from simllm.errors import InputError
 
 if TYPE_CHECKING:
+    from simllm.hardware import Cluster
+    from simllm.models import Model
+    from simllm.models.context import CpCommType
     from simllm.parallel.plan import Zero
 
 __all__ = ["estimate"]
@@ -79,6 +82,22 @@ def estimate(
     pp: Annotated[str, typer.Option("--pp", metavar="N", help="Pipeline parallelism.")] = "1",
     vpp: Annotated[str, typer.Option("--vpp", metavar="N", help="Model chunks per pipeline rank.")] = "1",
     cp: Annotated[str, typer.Option("--cp", metavar="N", help="Context parallelism.")] = "1",
+    cp_comm_type: Annotated[
+        str | None,
+        typer.Option(
+            "--cp-comm-type",
+            metavar="KIND",
+            help="Context parallelism by p2p, all_gather, a2a (Ulysses) or a2a+p2p. Default: what the stack does.",
+        ),
+    ] = None,
+    cp_a2a: Annotated[
+        str | None,
+        typer.Option(
+            "--cp-a2a",
+            metavar="N",
+            help="Ranks that trade tokens for heads with a2a+p2p. Default: the most that divide the heads in a domain.",
+        ),
+    ] = None,
     ep: Annotated[str, typer.Option("--ep", metavar="N", help="Expert parallelism.")] = "1",
     etp: Annotated[
         str | None,
@@ -211,11 +230,14 @@ def estimate(
         capacity_factor,
     )
     default_etp = run.expert_tensor_parallel(tensor) if "experts" in loaded.parameters.by_component else 1
+    kind = run.context_kind(context) if cp_comm_type is None else cast("CpCommType", cp_comm_type)
     split = Plan(
         tp=tensor,
         pp=pipeline,
         vpp=chunks,
         cp=context,
+        cp_comm_type=kind,
+        cp_a2a=_heads_exchanged(loaded, where, kind, tensor, context) if cp_a2a is None else count(cp_a2a, "--cp-a2a"),
         ep=count(ep, "--ep"),
         etp=default_etp if etp is None else count(etp, "--etp"),
         dp=_data_parallel(where.num_gpus, tensor, pipeline, context) if dp is None else count(dp, "--dp"),
@@ -256,6 +278,13 @@ def estimate(
         as_json,
         output,
     )
+
+
+def _heads_exchanged(model: Model, cluster: Cluster, kind: str, tp: int, cp: int) -> int:
+    """The ranks of the inner level where context parallelism has two."""
+    from simllm.parallel.plan import inner_degree
+
+    return inner_degree(model.spec.attentions, tp, cp, cluster.gpus_per_domain) if kind == "a2a+p2p" else 0
 
 
 def _data_parallel(gpus: int, tp: int, pp: int, cp: int) -> int:

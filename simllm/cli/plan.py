@@ -45,6 +45,7 @@ from simllm.cli.output import check_output, check_plot, command_line, emit, prog
 from simllm.cli.plan_options import (
     Compare,
     Cp,
+    CpCommTypes,
     Dp,
     Ep,
     GpuCounts,
@@ -98,6 +99,7 @@ def plan(
     pp: Pp = None,
     vpp: Vpp = None,
     cp: Cp = None,
+    cp_comm_type: CpCommTypes = None,
     ep: Ep = None,
     dp: Dp = None,
     zero: ZeroStages = None,
@@ -168,6 +170,7 @@ def plan(
         pp=pp,
         vpp=vpp,
         cp=cp,
+        cp_comm_type=cp_comm_type,
         ep=ep,
         dp=dp,
         zero=zero,

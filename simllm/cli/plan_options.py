@@ -14,6 +14,7 @@ from simllm.units import parse_positive
 if TYPE_CHECKING:
     from simllm.hardware import Cluster
     from simllm.models import Model
+    from simllm.models.context import CpCommType
     from simllm.parallel import Plan
     from simllm.planner import Constraints
     from simllm.training import Training
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Compare",
     "Cp",
+    "CpCommTypes",
     "Dp",
     "Ep",
     "GpuCounts",
@@ -61,6 +63,14 @@ Tp = Annotated[str | None, typer.Option("--tp", metavar="N,...", help="Only thes
 Pp = Annotated[str | None, typer.Option("--pp", metavar="N,...", help="Only these pipeline degrees.")]
 Vpp = Annotated[str | None, typer.Option("--vpp", metavar="N,...", help="Only so many model chunks per pipeline rank.")]
 Cp = Annotated[str | None, typer.Option("--cp", metavar="N,...", help="Only these context-parallel degrees.")]
+CpCommTypes = Annotated[
+    str | None,
+    typer.Option(
+        "--cp-comm-type",
+        metavar="KIND,...",
+        help="Context parallelism by p2p, all_gather, a2a or a2a+p2p; several to try. Default: what the stack does.",
+    ),
+]
 Ep = Annotated[str | None, typer.Option("--ep", metavar="N,...", help="Only these expert-parallel degrees.")]
 Dp = Annotated[str | None, typer.Option("--dp", metavar="N,...", help="Only these data-parallel degrees.")]
 ZeroStages = Annotated[
@@ -113,6 +123,7 @@ def make_constraints(
     pp: str | None,
     vpp: str | None,
     cp: str | None,
+    cp_comm_type: str | None,
     ep: str | None,
     dp: str | None,
     zero: str | None,
@@ -137,6 +148,7 @@ def make_constraints(
         pp=_numbers(pp, "--pp"),
         vpp=_numbers(vpp, "--vpp"),
         cp=_numbers(cp, "--cp"),
+        cp_comm_type=cast("tuple[CpCommType, ...]", _words(cp_comm_type, "--cp-comm-type")),
         ep=_numbers(ep, "--ep"),
         dp=_numbers(dp, "--dp"),
         micro_batch_size=_numbers(micro_batch_size, "--micro-batch-size"),

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from simllm.errors import InputError, UnsupportedError, unknown_name
-from simllm.export.job import Elsewhere, Exported, Imported, Job, refuse
+from simllm.export.job import ROTATE_METHODS, Elsewhere, Exported, Imported, Job, refuse
 from simllm.export.keys import KeyRules
 
 __all__ = ["read", "write"]
@@ -66,7 +66,7 @@ def write(job: Job) -> Exported:
                 "parallelism_config_dp_shard_size": plan.dp // replicas,
                 "parallelism_config_tp_size": plan.tp,
                 "parallelism_config_cp_size": plan.cp,
-                **({"parallelism_config_cp_comm_strategy": "alltoall"} if plan.cp > 1 else {}),
+                **({"parallelism_config_cp_comm_strategy": ROTATE_METHODS[plan.cp_comm_type]} if plan.cp > 1 else {}),
             }
     return Exported(
         framework="accelerate",
@@ -95,6 +95,8 @@ def _check(job: Job) -> None:
         refuse(_NAME, f"capacity_factor={training.capacity_factor:g}", "experts are those of the model's code")
     if training.gradient_precision == "bf16":
         refuse(_NAME, "gradient_precision=bf16", "gradients are of the parameters' precision")
+    if plan.cp > 1 and plan.cp_comm_type not in ROTATE_METHODS:
+        refuse(_NAME, f"cp_comm_type={plan.cp_comm_type}", "beside FSDP it has all_gather and p2p")
     if plan.zero == "0" and plan.tp * plan.cp > 1:
         refuse(_NAME, f"zero=0 with tp={plan.tp} cp={plan.cp}", "both go with FSDP; use zero=2 or 3")
     if plan.zero != "0" and job.shards == 1:
@@ -150,6 +152,7 @@ _RULES = KeyRules(
         "mixed_precision",
         "num_machines",
         "num_processes",
+        "parallelism_config.parallelism_config_cp_comm_strategy",
         "parallelism_config.parallelism_config_cp_size",
         "parallelism_config.parallelism_config_dp_replicate_size",
         "parallelism_config.parallelism_config_dp_shard_size",
@@ -171,7 +174,6 @@ _RULES = KeyRules(
         "fsdp_config.fsdp_transformer_layer_cls_to_wrap",
         "fsdp_config.fsdp_use_orig_params",
         "parallelism_config.parallelism_config_cp_backend",
-        "parallelism_config.parallelism_config_cp_comm_strategy",
         "parallelism_config.parallelism_config_sp_backend",
     ),
     harmless=(
@@ -223,7 +225,10 @@ def read(text: str, gpus: int | None = None) -> Imported:
         for name in ("dp_replicate", "dp_shard", "tp", "cp", "sp")
     }
     if (size["sp"] or 1) > 1:
-        raise UnsupportedError(f"parallelism_config_sp_size={size['sp']}: sequences split by Ulysses are not modelled")
+        raise UnsupportedError(
+            f"parallelism_config_sp_size={size['sp']}: Ulysses goes with DeepSpeed, whose own file is read; write "
+            "sequence_parallel_size there"
+        )
     tp, cp = size["tp"] or 1, size["cp"] or 1
     world = gpus or _whole(flat, "num_processes")
     if world is not None and world % (tp * cp):
@@ -235,6 +240,12 @@ def read(text: str, gpus: int | None = None) -> Imported:
     else:
         stack = "torchtitan" if compiled else "torchtitan-eager"
     settings: dict[str, Any] = {"stack": stack, "tp": tp, "cp": cp, "sequence_parallel": False}
+    if cp > 1:
+        method = flat.get("parallelism_config.parallelism_config_cp_comm_strategy", "allgather")
+        kinds = {name: kind for kind, name in ROTATE_METHODS.items()}
+        if method not in kinds:
+            raise unknown_name("parallelism_config_cp_comm_strategy", str(method), kinds)
+        settings["cp_comm_type"] = kinds[method]
     settings |= _read_precision(flat) | _read_sharding(flat, kind, version, size, world)
     if flat.get("fsdp_config.fsdp_activation_checkpointing"):
         settings["recompute"] = "full"

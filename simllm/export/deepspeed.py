@@ -33,8 +33,10 @@ def write(job: Job) -> Exported:
     job.require_known(_NAME)
     if plan.pp > 1:
         refuse(_NAME, f"pp={plan.pp}", "its stages are those of a PipelineModule in the code, not of the JSON")
-    if plan.cp > 1:
-        refuse(_NAME, f"cp={plan.cp}", "it splits sequences by Ulysses, the plan by a ring")
+    if plan.cp > 1 and plan.cp_comm_type != "a2a":
+        refuse(_NAME, f"cp_comm_type={plan.cp_comm_type} with cp={plan.cp}", "it splits sequences by Ulysses: a2a")
+    if plan.cp > 1 and plan.tp > 1:
+        refuse(_NAME, f"cp={plan.cp} with tp={plan.tp}", "its Ulysses does not go with AutoTP")
     if plan.ep > 1 or plan.etp > 1:
         refuse(_NAME, f"ep={plan.ep} etp={plan.etp}", "its expert groups are those of MoE layers in the code")
     if plan.tp > 1 and plan.sequence_parallel:
@@ -58,6 +60,8 @@ def write(job: Job) -> Exported:
         "zero_optimization": {"stage": int(plan.zero)} | ({"overlap_comm": True} if plan.zero != "0" else {}),
         **_optimizer(job),
     }
+    if plan.cp > 1:
+        document["sequence_parallel_size"] = plan.cp
     if plan.tp > 1:
         document["tensor_parallel"] = {"autotp_size": plan.tp}
     if training.capacity_factor is not None:
@@ -120,6 +124,7 @@ _RULES = KeyRules(
         "zero_optimization.offload_param.device",
         "optimizer.type",
         "optimizer.params.momentum",
+        "sequence_parallel_size",
         "tensor_parallel.autotp_size",
         "data_types.grad_accum_dtype",
         "gradient_clipping",
@@ -129,7 +134,6 @@ _RULES = KeyRules(
         "activation_checkpointing.partition_activations": "splitting saved activations over ranks",
         "activation_checkpointing.cpu_checkpointing": "keeping activations in host memory",
         "fp16.fp16_master_weights_and_grads": "fp16 master weights",
-        "sequence_parallel_size": "splitting sequences by Ulysses",
         "compression_training": "compression",
         "curriculum_learning": "sequences that grow",
         "sparse_attention": "sparse attention",
@@ -249,7 +253,14 @@ def read(text: str, gpus: int | None = None) -> Imported:
         if device != "none":
             raise UnsupportedError(f"zero_optimization.offload_{what}.device={device}: offload is not modelled")
     settings["tp"] = tp = _whole(flat, "tensor_parallel.autotp_size", 1) or 1
-    settings |= _read_batch(flat, None if gpus is None else gpus // tp) | _read_precision(flat) | _read_optimizer(flat)
+    cp = _whole(flat, "sequence_parallel_size", 1) or 1
+    if gpus is not None and gpus % (tp * cp):
+        raise InputError(f"autotp_size={tp} x sequence_parallel_size={cp} does not divide {gpus} GPUs")
+    if cp > 1:
+        settings |= {"cp": cp, "cp_comm_type": "a2a"}
+    settings |= (
+        _read_batch(flat, None if gpus is None else gpus // (tp * cp)) | _read_precision(flat) | _read_optimizer(flat)
+    )
     gradient = flat.get("data_types.grad_accum_dtype")
     if gradient is not None:
         settings["gradient_precision"] = gradient

@@ -14,8 +14,10 @@ from simllm.parallel.plan import Plan
 from simllm.training import Estimate, Training
 from simllm.training.setup import plan_from_dict
 
-__all__ = ["Elsewhere", "Exported", "Imported", "Job", "refuse"]
+__all__ = ["ROTATE_METHODS", "Elsewhere", "Exported", "Imported", "Job", "refuse"]
 
+#: What PyTorch calls its kinds of context parallelism (set_rotate_method in torch.distributed.tensor.experimental).
+ROTATE_METHODS = {"all_gather": "allgather", "p2p": "alltoall"}
 
 #: Settings of a plan that every exporter writes or refuses.
 _SETTINGS = (
@@ -23,6 +25,8 @@ _SETTINGS = (
     "pp",
     "vpp",
     "cp",
+    "cp_comm_type",
+    "cp_a2a",
     "ep",
     "etp",
     "dp",

@@ -49,6 +49,8 @@ def write(job: Job) -> Exported:
         refuse(_NAME, f"schedule={plan.schedule}", "it runs 1F1B, interleaved with virtual stages")
     if plan.cp > 1 and training.seq_len % (2 * plan.cp):
         refuse(_NAME, f"cp={plan.cp} with seq_len={training.seq_len}", "it needs a multiple of 2 x cp")
+    if plan.cp_heads > 1:
+        _check_exchanged_heads(job)
     if plan.precision not in _PRECISIONS:
         refuse(_NAME, f"precision={plan.precision}", f"it has {', '.join(_PRECISIONS)}")
     model = model_arguments(job.model, job.config)
@@ -62,6 +64,8 @@ def write(job: Job) -> Exported:
         "tensor-model-parallel-size": plan.tp,
         "pipeline-model-parallel-size": plan.pp,
         "context-parallel-size": plan.cp,
+        **({"cp-comm-type": plan.cp_comm_type} if plan.cp_comm_type != "p2p" else {}),
+        **({"hierarchical-context-parallel-sizes": (plan.cp_a2a, plan.cp // plan.cp_a2a)} if plan.cp_a2a else {}),
         **({"sequence-parallel": True} if plan.sequence_parallel else {}),
         **_expert_arguments(job),
         **_stage_arguments(job),
@@ -85,7 +89,19 @@ def write(job: Job) -> Exported:
     return Exported(framework="megatron", text="\n".join(lines) + "\n", launch=launch, notes=tuple(notes))
 
 
+def _check_exchanged_heads(job: Job) -> None:
+    """TransformerEngine trades whole heads: it repeats none."""
+    plan = job.plan
+    for attention in job.model.spec.attentions:
+        if attention.latent is None and max(1, attention.num_key_value_heads // plan.tp) % plan.cp_heads:
+            heads = attention.num_key_value_heads
+            what = f"cp_comm_type={plan.cp_comm_type} over {plan.cp_heads} ranks with {heads} key-value heads"
+            refuse(_NAME, what, f"tp={plan.tp} x these ranks must divide the key-value heads; use a2a+p2p or p2p")
+
+
 def _quoted(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(_quoted, value))
     text = str(value)
     return text if re.fullmatch(r"[\w.+*\[\](),-]+", text) else shlex.quote(text)
 
@@ -140,7 +156,7 @@ def _recompute_arguments(job: Job) -> dict[str, Any]:
         if not modules:
             whole = "; ".join(f"{name}: {', '.join(operators)}" for name, operators in RECOMPUTE_MODULES.items())
             refuse(_NAME, f"recompute={policy}", f"its submodules are {whole}")
-        return {"recompute-granularity": "selective", "recompute-modules": " ".join(modules)}
+        return {"recompute-granularity": "selective", "recompute-modules": tuple(modules)}
     full = {"recompute-granularity": "full"}
     if policy.every == 1:
         return full | {"recompute-method": "uniform", "recompute-num-layers": 1}

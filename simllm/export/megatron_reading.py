@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 from simllm.errors import InputError, UnsupportedError, unknown_name
@@ -16,6 +17,7 @@ from simllm.export.megatron import RECOMPUTE_MODULES
 from simllm.export.megatron_keys import FLAGS, NUMBERS, RULES
 from simllm.export.megatron_model_reading import model_from_arguments
 from simllm.hardware.stack import load_stack
+from simllm.models.context import CP_COMM_TYPES
 from simllm.parallel.plan import even_split, split_layers
 
 __all__ = ["read"]
@@ -42,9 +44,6 @@ def read(text: str, gpus: int | None = None) -> Imported:
     model = model_from_arguments(args)
     if args.get("overlap-grad-reduce") is None and args.get("use-distributed-optimizer"):
         notes.append(f"gradients overlap with the backward pass as in {stack}, though --overlap-grad-reduce is not set")
-    exchange = args.get("cp-comm-type", "p2p")
-    if exchange != "p2p":
-        raise UnsupportedError(f"--cp-comm-type {exchange} is not modelled; context parallelism is a ring (p2p)")
     multiple = round(load_stack(stack).vocab_multiple.si)
     if args.get("make-vocab-size-divisible-by", multiple) != multiple:
         notes.append(f"the vocabulary is padded to multiples of {multiple}, not of --make-vocab-size-divisible-by")
@@ -61,6 +60,7 @@ def read(text: str, gpus: int | None = None) -> Imported:
     ):
         if name in args:
             settings[option] = args[name]
+    settings |= _read_context(args, settings.get("cp", 1))
     tp, pp = settings.get("tp", 1), settings.get("pp", 1)
     if "num-experts" in args:
         settings.setdefault("etp", tp)
@@ -71,6 +71,26 @@ def read(text: str, gpus: int | None = None) -> Imported:
     settings["recompute"] = _read_recompute(args, pp * settings.get("vpp", 1), bool(settings.get("uneven_layers")))
     settings |= _read_sharding(args, tp * pp * settings.get("cp", 1), settings.get("cp", 1), gpus)
     return Imported(framework="megatron", settings=settings, model=model, notes=tuple(notes))
+
+
+def _read_context(args: Mapping[str, Any], cp: int) -> dict[str, Any]:
+    """The kind of context parallelism, and the ranks that trade tokens for heads where it has two levels."""
+    kind = args.get("cp-comm-type", "p2p")
+    if kind not in CP_COMM_TYPES:
+        raise unknown_name("--cp-comm-type", str(kind), CP_COMM_TYPES)
+    if cp == 1:
+        return {}
+    if kind != "a2a+p2p":
+        return {"cp_comm_type": kind}
+    sizes = str(args.get("hierarchical-context-parallel-sizes", "")).split()
+    if len(sizes) != 2 or not all(size.isdigit() and int(size) for size in sizes) or prod(map(int, sizes)) != cp:
+        raise InputError(
+            f"--cp-comm-type a2a+p2p needs --hierarchical-context-parallel-sizes A B, whose product is cp={cp}"
+        )
+    inner, outer = map(int, sizes)
+    if 1 in (inner, outer):
+        return {"cp_comm_type": "p2p" if inner == 1 else "a2a"}
+    return {"cp_comm_type": kind, "cp_a2a": inner}
 
 
 def _parse(text: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from simllm.export.job import Elsewhere, Exported, Job, refuse
+from simllm.export.job import ROTATE_METHODS, Elsewhere, Exported, Job, refuse
 from simllm.models import Model
 from simllm.models.activations import second_products
 from simllm.parallel.plan import even_split, split_layers
@@ -62,6 +62,8 @@ def write(job: Job) -> Exported:
     divisor = plan.tp * (2 * plan.cp if plan.cp > 1 else 1)
     if training.seq_len % divisor:
         refuse(_NAME, f"seq_len={training.seq_len}", f"it needs a multiple of tp x 2 cp = {divisor}")
+    if plan.cp > 1 and plan.cp_comm_type not in ROTATE_METHODS:
+        refuse(_NAME, f"cp_comm_type={plan.cp_comm_type}", "it has all_gather and p2p")
     if plan.etp not in (1, plan.tp):
         refuse(_NAME, f"etp={plan.etp} with tp={plan.tp}", "experts are split like the dense layers or not at all")
     if plan.ep == 1 and plan.etp != plan.tp and "experts" in job.model.parameters.by_component:
@@ -81,7 +83,7 @@ def write(job: Job) -> Exported:
         "pipeline_parallel_degree": plan.pp,
         **_pipeline(job),
         "context_parallel_degree": plan.cp,
-        **({"context_parallel_rotate_method": "alltoall"} if plan.cp > 1 else {}),
+        **({"context_parallel_rotate_method": ROTATE_METHODS[plan.cp_comm_type]} if plan.cp > 1 else {}),
         "expert_parallel_degree": plan.ep,
         "expert_tensor_parallel_degree": plan.etp,
     }

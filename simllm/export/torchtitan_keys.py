@@ -8,6 +8,7 @@ __all__ = ["RULES"]
 
 _PARALLELISM = (
     "context_parallel_degree",
+    "context_parallel_rotate_method",
     "data_parallel_replicate_degree",
     "data_parallel_shard_degree",
     "expert_parallel_degree",
@@ -56,7 +57,6 @@ RULES = KeyRules(
         "optimizer.early_step_in_backward",
         "optimizer.implementation",
         "parallelism.context_parallel_load_balancer",
-        "parallelism.context_parallel_rotate_method",
         "parallelism.disable_loss_parallel",
         "parallelism.enable_async_tensor_parallel",
         "parallelism.expert_parallel_comm_backend",

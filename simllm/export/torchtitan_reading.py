@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from simllm.errors import InputError, UnsupportedError, unknown_name
-from simllm.export.job import Imported
+from simllm.export.job import ROTATE_METHODS, Imported
 from simllm.export.torchtitan import SCHEDULES, flavors
 from simllm.export.torchtitan_keys import RULES
 from simllm.models import Model
@@ -87,6 +87,12 @@ def read(text: str, gpus: int | None = None) -> Imported:
         # Without expert parallelism experts are split like the dense layers, whatever the file says.
         degrees["etp"] = degrees["tp"] if model is not None and "experts" in model.parameters.by_component else 1
     settings: dict[str, Any] = {"stack": stack, "sequence_parallel": degrees["tp"] > 1, **degrees}
+    if degrees["cp"] > 1:
+        method = flat.get("parallelism.context_parallel_rotate_method", "allgather")
+        kinds = {name: kind for kind, name in ROTATE_METHODS.items()}
+        if method not in kinds:
+            raise unknown_name("parallelism.context_parallel_rotate_method", str(method), kinds)
+        settings["cp_comm_type"] = kinds[method]
     settings["seq_len"] = _whole(flat, "training.seq_len", 2048)
     settings |= _read_sharding(flat, degrees, gpus)
     settings |= _read_batch(flat, degrees["pp"], settings["dp"])

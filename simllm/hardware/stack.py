@@ -60,6 +60,12 @@ class Kernels(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     sequence_gather : str
         Under sequence parallelism the gathered input of a product is gathered ``again`` in the backward pass, or
         ``kept``.
+    context_output : str
+        Where context parallelism trades tokens for heads, the output of attention by heads is exchanged ``again`` in
+        the backward pass, or ``kept``.
+    context_steps : str
+        Attention to one part of the keys after the other adds up in a ``fused`` kernel a step, in the compute
+        precision, or in ``eager`` operators in float32.
     router_weights : str
         Where the router's weight of a token multiplies: the expert's ``output``, which is then kept, or its
         ``activation``.
@@ -75,6 +81,8 @@ class Kernels(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     rope: Literal["fused", "eager"]
     dropout_add: Literal["fused", "eager"]
     sequence_gather: Literal["again", "kept"]
+    context_output: Literal["again", "kept"]
+    context_steps: Literal["fused", "eager"]
     router_weights: Literal["output", "activation"]
     expert_extras: Literal["fused", "eager"] = "fused"
 
@@ -83,10 +91,13 @@ class Overlap(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """What of the communication stays visible although it runs beside computation.
 
     ``*_exposed``: the share of min(communication, computation) that still shows; 1 means one after the other.
+    ``context_parallel_exposed`` is that of a ring beside all of attention, ``context_gather_exposed`` that of gathered
+    keys and values beside attention to the rank's own. What trades tokens for heads has nothing beside it.
     """
 
     tensor_parallel_exposed: Fraction
     context_parallel_exposed: Fraction
+    context_gather_exposed: Fraction
     expert_parallel_exposed: Fraction
     gradient_exposed: Fraction
     parameter_gather_exposed: Fraction
@@ -177,6 +188,8 @@ class Stack(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         How published tables spell it; the longest one that a framework's name starts with decides.
     expert_tensor_parallel : str
         ``tp``: experts are split like the dense layers; ``one``: expert groups fold over the tensor-parallel ranks.
+    cp_comm_type : str
+        How context-parallel ranks come to the keys of all tokens unless told otherwise.
     vocab_multiple : Count
         The vocabulary is padded to a multiple of this times tp.
     parameter_exchange : str
@@ -196,6 +209,7 @@ class Stack(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     costs: Costs
     expert_tensor_parallel: Literal["tp", "one"]
     vocab_multiple: Count
+    cp_comm_type: Literal["p2p", "all_gather", "a2a"] = "p2p"
     parameter_exchange: Literal["all_gather", "broadcast"] = "all_gather"
     pipeline_tensor: Literal["slice", "whole"] = "whole"
 

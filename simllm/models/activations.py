@@ -161,6 +161,11 @@ def _on_a_rank(graph: Graph, layout: Layout, impl: Implementation, policy: Recom
         if tensor.gathered and not layout.sequence_parallel and (tensor.name in kept or tensor.name in graph.borrows):
             continue
         yield layout.elements(tensor) * impl.bytes_of(tensor), operator
+    if layout.cp > 1:
+        again = {operator.name for operator in recomputed_operators(graph, policy, impl)}
+        for node in graph.operators:
+            if node.name not in again and graph.runs_backward(node):
+                yield node.kept_beside(layout, impl), node.name
 
 
 @lru_cache(maxsize=1 << 16)

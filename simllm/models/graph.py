@@ -185,6 +185,16 @@ class Implementation:
         Under sequence parallelism, the input of a product that is split over its outputs: ``again`` keeps this rank's
         tokens and gathers the others' again in the backward pass (Megatron; Korthikanti 2022, section 4.2.2); ``kept``
         keeps the gathered tokens (PyTorch's DTensor, torchtitan).
+    context_output : {"again", "kept"}
+        Where context parallelism exchanges tokens for heads, the backward pass of attention needs its output by heads:
+        exchanged ``again`` (TransformerEngine), or ``kept`` beside the one by tokens (DeepSpeed Ulysses, where autograd
+        keeps it).
+    context_steps : {"fused", "eager"}
+        How attention to one part of the keys after the other adds up. ``fused``: one kernel a step; gradients of keys
+        and values go round the ring with them in the compute precision, or are reduced and scattered where keys and
+        values were gathered, and one kernel saw all of them (TransformerEngine). ``eager``: single operators in
+        float32; keys and values that were gathered are attended to in parts too, and gradients go round a ring in
+        float32 in either case, all the way home (PyTorch's context parallel attention).
     router_weights : {"output", "activation"}
         Where the router's weight of a token multiplies: the expert's ``output``, which is then kept (transformers), or
         its ``activation`` (Megatron-Core's weighted SwiGLU), which has the same effect as long as the expert's last
@@ -208,6 +218,8 @@ class Implementation:
     rope: Literal["fused", "eager"] = "fused"
     dropout_add: Literal["fused", "eager"] = "fused"
     sequence_gather: Literal["again", "kept"] = "again"
+    context_output: Literal["again", "kept"] = "again"
+    context_steps: Literal["fused", "eager"] = "fused"
     router_weights: Literal["output", "activation"] = "output"
     expert_extras: Literal["fused", "eager"] = "fused"
     activation_bytes: int = 2
@@ -233,6 +245,12 @@ class Layout:
         Tokens in a sequence of the encoder; 0: the same as ``seq_len``.
     tp, cp, ep, etp : int
         Degrees of tensor, context, expert and expert-tensor parallelism.
+    cp_heads : int
+        Context-parallel ranks that exchange tokens for heads around attention (DeepSpeed Ulysses, arXiv:2309.14509);
+        the ``cp // cp_heads`` groups of them split the queries and pass keys and values on.
+    cp_gathers : bool
+        Those that split the queries gather the keys and values of all (arXiv:2407.21783, section 3.3.2) instead of
+        passing them round a ring (arXiv:2310.01889).
     sequence_parallel : bool
         Tokens are also split over tp where no other axis is (Korthikanti 2022, section 4.2.2).
     prefix_len : int
@@ -251,6 +269,8 @@ class Layout:
     source_len: int = 0
     tp: int = 1
     cp: int = 1
+    cp_heads: int = 1
+    cp_gathers: bool = False
     ep: int = 1
     etp: int = 1
     sequence_parallel: bool = False
@@ -299,6 +319,11 @@ class Layout:
         if name == "vocab":
             return -(-axis.size // (degree * self.vocab_multiple)) * self.vocab_multiple
         return axis.size if degree == 1 else axis.size // axis.units * -(-axis.units // degree)
+
+    @property
+    def cp_parts(self) -> int:
+        """In how many parts context parallelism splits the queries of a head."""
+        return self.cp // self.cp_heads
 
     @property
     def encoder_len(self) -> int:
@@ -352,6 +377,14 @@ class Operator:
     def saved(self, impl: Implementation) -> tuple[Tensor, ...]:
         """The tensors that the backward pass needs."""
         return ()
+
+    def kept_beside(self, layout: Layout, impl: Implementation) -> float:
+        """Bytes kept for the backward pass beside the tensors of the graph: other layouts of them."""
+        return 0.0
+
+    def buffers(self, layout: Layout, impl: Implementation) -> float:
+        """Bytes of other layouts of its tensors, and of their gradients, at work in the backward pass."""
+        return 0.0
 
     def cached(self) -> tuple[Tensor, ...]:
         """The tensors that generation keeps for later tokens."""

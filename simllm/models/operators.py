@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from simllm.models.context import AttentionShape, ContextBytes, attention_kernels, context_copies, repeats
 from simllm.models.graph import Axis, Implementation, Layout, Operator, Tensor
-from simllm.models.work import AttentionWork, Gemm, GroupedGemm, Stream, Work, attended_pairs
+from simllm.models.work import Gemm, GroupedGemm, Stream, Work, attended_pairs
 
 __all__ = [
     "Activation",
@@ -199,7 +200,8 @@ class Attention(Operator):
     cache: tuple[Tensor, ...] = ()
     virtual_keys: int = 0
 
-    def _geometry(self, layout: Layout) -> tuple[int, int, int, int, float]:
+    def shape(self, layout: Layout) -> AttentionShape:
+        """What a tensor-parallel rank attends to, not split by context parallelism."""
         q, k = self.inputs[0], self.inputs[1]
         heads = layout.size(q.axes[1]) // self.head_dim
         kv_heads = layout.size(k.axes[1]) // self.head_dim
@@ -213,21 +215,30 @@ class Attention(Operator):
             pairs -= attended_pairs(self.mask, cached, cached, self.sliding_window, layout.prefix_len)
         if self.virtual_keys:
             seq_k, pairs = seq_k + self.virtual_keys, pairs + seq_q * self.virtual_keys
-        # Context parallelism deals the queries out so that every rank has the same number of pairs.
-        return heads, kv_heads, seq_q // layout.cp, seq_k, pairs / layout.cp
+        return AttentionShape(layout.batch, heads, kv_heads, seq_q, seq_k, self.head_dim, self.v_head_dim, pairs)
 
-    def _work(self, layout: Layout, products: int) -> AttentionWork:
-        heads, kv_heads, seq_q, seq_k, pairs = self._geometry(layout)
-        return AttentionWork(
-            layout.batch, heads, kv_heads, seq_q, seq_k, self.head_dim, self.v_head_dim, pairs, products
-        )
+    def context_bytes(self, layout: Layout, impl: Implementation) -> ContextBytes:
+        """Bytes of what context parallelism moves on a rank."""
+        q, k, v = self.inputs[:3]
+        times = repeats(self.shape(layout).kv_heads, layout.cp_heads)
+        of = [layout.elements(tensor) * impl.activation_bytes for tensor in (q, k, v, self.outputs[0])]
+        return ContextBytes(of[0], times * of[1], times * of[2], of[3])
+
+    def _kernels(self, layout: Layout, impl: Implementation, backward: bool) -> tuple[Work, ...]:
+        shape, products = self.shape(layout), 4 if backward else 2
+        if layout.cp == 1:
+            return attention_kernels(shape, layout, products, in_steps=False)
+        eager = impl.context_steps == "eager"
+        steps = layout.cp_parts > 1 and (eager or not layout.cp_gathers)
+        work = attention_kernels(shape, layout, products, in_steps=steps)
+        return work + context_copies(self.context_bytes(layout, impl), shape, layout, impl, backward, steps)
 
     def _score_elements(self, layout: Layout) -> int:
-        heads, _, seq_q, seq_k, _ = self._geometry(layout)
-        return layout.batch * heads * seq_q * seq_k
+        shape = self.shape(layout)
+        return shape.batch * shape.heads * (shape.seq_q // layout.cp) * shape.seq_k
 
     def forward(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
-        work: tuple[Work, ...] = (self._work(layout, 2),)
+        work: tuple[Work, ...] = self._kernels(layout, impl, backward=False)
         if impl.attention == "unfused":
             # Beside the products' own operands: softmax reads and writes; dropout reads, writes and stores its mask.
             per_score = impl.activation_bytes * (2 + 2 * self.dropout) + self.dropout
@@ -235,7 +246,7 @@ class Attention(Operator):
         return work
 
     def backward_input(self, layout: Layout, impl: Implementation) -> tuple[Work, ...]:
-        work: tuple[Work, ...] = (self._work(layout, 4),)
+        work: tuple[Work, ...] = self._kernels(layout, impl, backward=True)
         if impl.attention == "unfused":
             # Softmax reads itself and its gradient and writes; dropout reads, reads its mask and writes.
             per_score = impl.activation_bytes * (3 + 2 * self.dropout) + self.dropout
@@ -256,6 +267,28 @@ class Attention(Operator):
         if not self.virtual_keys:
             return kept
         return (*kept, *self._kept_scores(q, Axis("fixed", self.virtual_keys), "virtual_", impl))
+
+    def kept_beside(self, layout: Layout, impl: Implementation) -> float:
+        if layout.cp_heads == 1 or impl.attention == "unfused":
+            return 0.0
+        sizes, times = self.context_bytes(layout, impl), repeats(self.shape(layout).kv_heads, layout.cp_heads)
+        kept = sizes.out if impl.context_output == "kept" else 0.0
+        return kept + (sizes.k + sizes.v) * (1 - 1 / times)
+
+    def buffers(self, layout: Layout, impl: Implementation) -> float:
+        if layout.cp == 1:
+            return 0.0
+        sizes = self.context_bytes(layout, impl)
+        keys = sizes.k + sizes.v
+        wide = 4 / impl.activation_bytes if impl.context_steps == "eager" else 1.0
+        # What is exchanged is there by tokens and by heads; what goes round a ring is there twice, the part that is
+        # attended to and the next one, each with its gradient.
+        found = sizes.q + keys + sizes.out * (impl.context_output == "again") if layout.cp_heads > 1 else 0.0
+        if layout.cp_parts > 1 and not layout.cp_gathers:
+            found += 2 * keys * (1 + wide)
+        elif layout.cp_parts > 1:
+            found += layout.cp_parts * keys + (layout.cp_parts * keys if wide == 1.0 else 2 * wide * keys)
+        return found
 
     def _kept_scores(self, q: Tensor, keys: Axis, prefix: str, impl: Implementation) -> tuple[Tensor, ...]:
         """What unfused attention keeps of the scores of some keys."""

@@ -234,6 +234,13 @@ class ModelSpec:
         return len(self.decoder.layers) + (len(self.encoder.layers) if self.encoder else 0)
 
     @property
+    def attentions(self) -> tuple[AttentionSpec, ...]:
+        """The distinct attentions of all layers, those over the encoder's result included."""
+        blocks = dict.fromkeys((*self.decoder.layers, *(self.encoder.layers if self.encoder else ())))
+        parts = (part for block in blocks for part in (block.mixer, block.cross_attention))
+        return tuple(dict.fromkeys(part for part in parts if isinstance(part, AttentionSpec)))
+
+    @property
     def padded_vocab_size(self) -> int:
         """Rows of the token table."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple

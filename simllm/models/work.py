@@ -52,8 +52,8 @@ class AttentionWork(NamedTuple):
     """Scores and weighted values of one attention, or their gradients.
 
     ``pairs`` is the number of (query, key) pairs per sequence and head that the mask keeps, of
-    ``seq_q * seq_k``; ``products`` counts the matrix products over the scores: 2 forward, 4 backward, half of them
-    over ``head_dim`` and half over ``v_head_dim``.
+    ``seq_q * seq_k``; ``times`` such kernels follow each other. ``products`` counts the matrix products over the
+    scores: 2 forward, 4 backward, half of them over ``head_dim`` and half over ``v_head_dim``.
     """
 
     batch: int
@@ -65,17 +65,19 @@ class AttentionWork(NamedTuple):
     v_head_dim: int
     pairs: float
     products: int
+    times: int = 1
 
     @property
     def flops(self) -> int:
         """FLOPs over the full square of scores."""
         width = self.head_dim + self.v_head_dim
-        return self.batch * self.heads * self.seq_q * self.seq_k * width * self.products
+        return self.batch * self.heads * self.seq_q * self.seq_k * width * self.products * self.times
 
     @property
     def masked_flops(self) -> int:
         """FLOPs over the pairs that the mask keeps."""
-        return round(self.batch * self.heads * self.pairs * (self.head_dim + self.v_head_dim) * self.products)
+        width = self.head_dim + self.v_head_dim
+        return round(self.batch * self.heads * self.pairs * width * self.products * self.times)
 
 
 class Stream(NamedTuple):

@@ -12,7 +12,10 @@ Rules (arXiv:1909.08053 section 3, arXiv:2205.05198 section 4.2):
   from all ranks, in float32 (arXiv:1909.08053, section 3);
 - tokens sent to experts cross the expert-parallel ranks by all-to-all, twice forward and twice backward; expert-tensor
   ranks gather and scatter them;
-- keys and values go round the context-parallel ring, their gradients with them in the backward pass;
+- keys and values go round the context-parallel ring, their gradients with them in the backward pass; or they are
+  gathered, again in the backward pass, and their gradients reduced and scattered (arXiv:2407.21783, section 3.3.2); or
+  queries, keys, values and output are exchanged for heads and back, with four all-to-alls a pass (arXiv:2309.14509,
+  section 3.2);
 - what serves a gradient that nobody asks for, before the first trained weight, is not exchanged.
 """
 
@@ -22,14 +25,17 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+from simllm.models.context import ContextBytes
 from simllm.models.graph import Graph, Implementation, Layout, Operator, Tensor
 from simllm.models.operators import Attention, Combine, Dispatch, Embedding, Loss, Projection, Rope
 
 __all__ = ["Collective", "block_collectives"]
 
 Operation = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv"]
-GroupName = Literal["tp", "cp", "ep", "etp"]
+GroupName = Literal["tp", "cp", "cp_heads", "cp_ring", "ep", "etp"]
 Phase = Literal["forward", "backward"]
+
+_PHASES: tuple[Phase, Phase] = ("forward", "backward")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +108,7 @@ class _Reader:
         if isinstance(operator, Dispatch | Combine):
             self._experts(operator)
         if layout.cp > 1 and isinstance(operator, Attention):
-            self._ring(operator)
+            self._context(operator)
 
     def _tensor_parallel(self, operator: Operator) -> None:
         product = isinstance(operator, Projection)
@@ -132,20 +138,43 @@ class _Reader:
         routed = operator.outputs[0] if isinstance(operator, Dispatch) else operator.inputs[0]
         shared = layout.elements(routed) * self.impl.activation_bytes
         own = shared / layout.etp
-        phases: tuple[Phase, Phase] = ("forward", "backward")
-        for phase in phases:
+        for phase in _PHASES:
             if layout.ep > 1:
                 self.add("all_to_all", "ep", phase, own, operator)
             if layout.etp > 1:
                 outward = isinstance(operator, Dispatch) == (phase == "forward")
                 self.add("all_gather" if outward else "reduce_scatter", "etp", phase, shared, operator)
 
-    def _ring(self, operator: Attention) -> None:
-        layout = self.layout
-        keys_values = sum(layout.elements(t) for t in operator.inputs[1:]) * self.impl.activation_bytes
-        self.add("send_recv", "cp", "forward", keys_values, operator, layout.cp - 1)
-        # Backward: keys and values go round again, and their gradients in float32 once all the way.
-        self.add("send_recv", "cp", "backward", 2 * keys_values, operator, layout.cp - 1)
+    def _context(self, operator: Attention) -> None:
+        layout, sizes = self.layout, operator.context_bytes(self.layout, self.impl)
+        parts = layout.cp_parts
+        if layout.cp_heads > 1:
+            self._exchange(operator, sizes, "cp" if parts == 1 else "cp_heads")
+        if parts == 1:
+            return
+        group: GroupName = "cp" if layout.cp_heads == 1 else "cp_ring"
+        keys = sizes.k + sizes.v
+        together = self.impl.context_steps == "fused"
+        if layout.cp_gathers:
+            for size in (sizes.k, sizes.v):
+                for phase in _PHASES:
+                    self.add("all_gather", group, phase, parts * size, operator)
+                if together:
+                    self.add("reduce_scatter", group, "backward", parts * size, operator)
+        else:
+            self.add("send_recv", group, "forward", keys, operator, parts - 1)
+            # Keys and values need not come home, nor does a gradient start before the first step: both make one hop
+            # less than there are ranks.
+            self.add("send_recv", group, "backward", 2 * keys if together else keys, operator, parts - 1)
+        if not together:
+            self.add("send_recv", group, "backward", keys * 4 / self.impl.activation_bytes, operator, parts)
+
+    def _exchange(self, operator: Attention, sizes: ContextBytes, group: GroupName) -> None:
+        for phase in _PHASES:
+            for size in sizes:
+                self.add("all_to_all", group, phase, size, operator)
+        if self.impl.context_output == "again":
+            self.add("all_to_all", group, "backward", sizes.out, operator)
 
     def finish(self, graph: Graph) -> None:
         if graph.output.name in self.partial:

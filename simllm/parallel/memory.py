@@ -120,12 +120,14 @@ def kept_bytes(graph: Graph, layout: Layout, impl: Implementation, policy: Recom
 def gradient_workspace(graph: Graph, layout: Layout, impl: Implementation) -> float:
     """Bytes at work around the widest operator of the backward pass: the gradients of its inputs and outputs.
 
-    A product with a quantised weight holds it expanded to the compute precision.
+    A product with a quantised weight holds it expanded to the compute precision; attention split by context parallelism
+    the keys of other ranks and other layouts of its tensors.
     """
     return max(
         (
             sum(layout.elements(t) * impl.bytes_of(t) for t in (*operator.inputs, *operator.outputs))
             + expanded_bytes(operator, layout, impl)
+            + operator.buffers(layout, impl)
             for operator in graph.operators
             if graph.runs_backward(operator)
         ),

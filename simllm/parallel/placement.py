@@ -1,7 +1,8 @@
 """Which ranks of a plan form which group: tensor parallelism innermost, then context, data, pipeline.
 
-Neighbouring ranks share a node, so the axis that talks most comes first (arXiv:2104.04473, section 3.2). Expert groups
-are laid over the tensor x context x data ranks of a stage: expert-tensor parallelism innermost, then the experts.
+Neighbouring ranks share a node, so the axis that talks most comes first (arXiv:2104.04473, section 3.2). Of a context
+group the ranks that trade tokens for heads are neighbours, and a ring joins those of the same heads (arXiv:2405.07719).
+Expert groups are laid over the tensor x context x data ranks of a stage: expert-tensor ranks innermost, then experts.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from simllm.parallel.plan import Plan
 
 __all__ = ["GroupRole", "communicators", "group_of"]
 
-GroupRole = Literal["tp", "cp", "pp", "dp", "ep", "etp", "expert_dp", "hsdp_shard", "hsdp_replicate"]
+GroupRole = Literal[
+    "tp", "cp", "cp_heads", "cp_ring", "pp", "dp", "ep", "etp", "expert_dp", "hsdp_shard", "hsdp_replicate"
+]
 
 
 @lru_cache(maxsize=1 << 16)
@@ -33,6 +36,10 @@ def group_of(plan: Plan, role: GroupRole, hsdp_shard: int = 0) -> Group:
         return Group(size=tp)
     if role == "cp":
         return Group(size=plan.cp, stride=tp)
+    if role == "cp_heads":
+        return Group(size=plan.cp_heads, stride=tp)
+    if role == "cp_ring":
+        return Group(size=plan.cp // plan.cp_heads, stride=tp * plan.cp_heads)
     if role == "dp":
         return Group(size=plan.cp * plan.dp, stride=tp)
     if role == "pp":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
@@ -9,6 +10,7 @@ from typing import Literal
 from simllm.errors import InputError, UnsupportedError, unknown_name
 from simllm.models import Model
 from simllm.models.activations import Recompute
+from simllm.models.context import CP_COMM_TYPES, CpCommType
 from simllm.models.graph import Layout
 from simllm.models.routing import BALANCED, Routing
 from simllm.models.spec import AttentionSpec, MambaSpec, MoESpec
@@ -23,6 +25,8 @@ __all__ = [
     "check_virtual_tokens",
     "cut_inside_a_block",
     "even_split",
+    "heads_fault",
+    "inner_degree",
     "split_layers",
 ]
 
@@ -39,9 +43,15 @@ class Plan:
     Attributes
     ----------
     tp, pp, cp, dp : int
-        Tensor, pipeline, context (ring attention) and data parallelism; their product is the number of GPUs.
+        Tensor, pipeline, context and data parallelism; their product is the number of GPUs.
     vpp : int
         Model chunks per pipeline rank (arXiv:2104.04473 section 2.2); 2 in the schedules laid out as a V.
+    cp_comm_type : {"p2p", "all_gather", "a2a", "a2a+p2p"}
+        How context-parallel ranks come to the keys of all tokens, as in Megatron-Core: round a ring, by gathering them,
+        by trading tokens for heads (Ulysses), or by trading among near ranks and a ring over far ones.
+    cp_a2a : int
+        With ``a2a+p2p`` the ranks that trade tokens for heads, the first of Megatron-Core's
+        ``hierarchical-context-parallel-sizes``; 0 otherwise.
     ep, etp : int
         Expert parallelism, and tensor parallelism inside an expert. Expert groups are made of the ranks of the
         tp x cp x dp ranks of a pipeline stage.
@@ -71,6 +81,8 @@ class Plan:
     pp: int = 1
     vpp: int = 1
     cp: int = 1
+    cp_comm_type: CpCommType = "p2p"
+    cp_a2a: int = 0
     ep: int = 1
     etp: int = 1
     dp: int = 1
@@ -93,6 +105,7 @@ class Plan:
         for what, value, known in (
             ("ZeRO stage", self.zero, ZERO_STAGES),
             ("schedule", self.schedule, SCHEDULES),
+            ("kind of context parallelism", self.cp_comm_type, CP_COMM_TYPES),
             ("precision", self.precision, PRECISIONS),
         ):
             if value not in known:
@@ -116,6 +129,7 @@ class Plan:
                 f"zero=2 with pp={self.pp}: gradients are sharded after each micro-batch, which no framework "
                 "combines with a pipeline; use zero=1"
             )
+        self._check_context()
         if (self.dp * self.cp * self.tp) % (self.ep * self.etp):
             raise InputError(
                 f"ep={self.ep} x etp={self.etp} does not divide the {self.dp * self.cp * self.tp} ranks of a pipeline "
@@ -124,6 +138,23 @@ class Plan:
         if self.hsdp_shard and (self.zero not in ("1", "hsdp") or (self.dp * self.cp) % self.hsdp_shard):
             raise InputError(
                 f"hsdp_shard={self.hsdp_shard} needs zero=hsdp or zero=1 and must divide dp x cp = {self.dp * self.cp}"
+            )
+
+    def _check_context(self) -> None:
+        if self.cp == 1 and self.cp_comm_type != "p2p":
+            raise InputError(f"cp_comm_type={self.cp_comm_type} needs cp above 1; leave it out or use a larger cp")
+        if self.cp_comm_type != "a2a+p2p":
+            if self.cp_a2a:
+                raise InputError(
+                    f"cp_a2a={self.cp_a2a} with cp_comm_type={self.cp_comm_type}: only a2a+p2p has two levels"
+                )
+            return
+        inner = [n for n in range(2, self.cp) if self.cp % n == 0]
+        if self.cp_a2a not in inner:
+            advice = f"use {' or '.join(map(str, inner))}" if inner else "use a2a or p2p, or a larger cp"
+            raise InputError(
+                f"cp_a2a={self.cp_a2a}: a2a+p2p splits cp={self.cp} into two levels, ranks that trade tokens for heads "
+                f"and rings over them; {advice}"
             )
 
     def _batch_advice(self) -> str:
@@ -144,6 +175,11 @@ class Plan:
         return self.global_batch_size // (self.dp * self.micro_batch_size)
 
     @property
+    def cp_heads(self) -> int:
+        """Context-parallel ranks that trade tokens for heads."""
+        return self.cp if self.cp_comm_type == "a2a" else max(1, self.cp_a2a)
+
+    @property
     def pipeline(self) -> Schedule:
         """What is particular about the schedule."""
         return SCHEDULES[self.schedule]
@@ -160,6 +196,8 @@ class Plan:
             seq_len=seq_len,
             tp=self.tp,
             cp=self.cp,
+            cp_heads=self.cp_heads,
+            cp_gathers=self.cp_comm_type == "all_gather",
             ep=self.ep,
             etp=self.etp,
             sequence_parallel=self.sequence_parallel,
@@ -174,6 +212,9 @@ class Plan:
             parts.append(f"vpp={self.vpp}")
         if self.cp > 1:
             parts.append(f"cp={self.cp}")
+        if self.cp_comm_type != "p2p":
+            inner = f" cp_a2a={self.cp_a2a}" if self.cp_a2a else ""
+            parts.append(f"cp_comm_type={self.cp_comm_type}{inner}")
         if self.ep > 1:
             parts.append(f"ep={self.ep}")
         if self.etp > 1:
@@ -279,6 +320,11 @@ def check_plan(model: Model, plan: Plan, seq_len: int) -> None:
     cut = cut_inside_a_block(model, plan.tp, plan.etp) if plan.tp > 1 or plan.etp > 1 else ""
     if cut:
         raise InputError(f"tp={plan.tp} {cut}; use a smaller tp or smaller blocks")
+    for attention in spec.attentions:
+        fault = heads_fault(attention, plan.tp, plan.cp_heads)
+        if fault:
+            given = f"cp_a2a={plan.cp_a2a}" if plan.cp_a2a else f"cp={plan.cp} with cp_comm_type={plan.cp_comm_type}"
+            raise InputError(f"{given}: {fault}")
     if seq_len % plan.cp:
         raise InputError(f"cp={plan.cp} does not divide seq_len={seq_len}")
     if plan.sequence_parallel and seq_len % (plan.cp * plan.tp):
@@ -334,6 +380,36 @@ def _check_heads(attention: AttentionSpec, tp: int) -> None:
         raise InputError(
             f"tp={tp} and num_key_value_heads={kv_heads}: one must divide the other (heads are split or replicated)"
         )
+
+
+def heads_fault(attention: AttentionSpec, tp: int, cp_heads: int) -> str:
+    """Why ranks cannot trade tokens for heads; "" where they can.
+
+    Key-value heads that are fewer than the ranks are repeated, as by tensor parallelism (DeepSpeed Ulysses).
+    """
+    heads = attention.num_attention_heads // tp
+    if heads % cp_heads:
+        allowed = [str(n) for n in range(1, heads + 1) if heads % n == 0]
+        return f"a tensor-parallel rank has {heads} attention heads; use {' or '.join(allowed)}"
+    kv_heads = heads if attention.latent is not None else max(1, attention.num_key_value_heads // tp)
+    if kv_heads % cp_heads and cp_heads % kv_heads:
+        return (
+            f"a tensor-parallel rank has {kv_heads} key-value heads, and one number must divide the other (heads are "
+            "split or repeated)"
+        )
+    return ""
+
+
+def inner_degree(attentions: Iterable[AttentionSpec], tp: int, cp: int, gpus_per_domain: int) -> int:
+    """The ranks that trade tokens for heads where nobody says how many: the most that stay inside a scale-up domain.
+
+    0 where context parallelism cannot have two levels.
+    """
+    every = tuple(attentions)
+    reach = max(2, gpus_per_domain // tp)
+    able = [n for n in range(2, cp) if cp % n == 0 and not any(heads_fault(one, tp, n) for one in every)]
+    near = [n for n in able if n <= reach]
+    return max(near, default=min(able, default=0))
 
 
 def _divides(name: str, degree: int, what: str, size: int) -> None:

@@ -21,7 +21,7 @@ NO_CHANGE = "no single change makes it fit"
 _SHORT = {"mbs": "micro_batch_size", "sp": "sequence_parallel"}
 _WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _SWITCHES = ("sequence_parallel", "uneven_layers")
-_TEXTS = ("zero", "precision", "schedule")
+_TEXTS = ("zero", "precision", "schedule", "cp_comm_type")
 
 
 def parse_plan(
@@ -73,6 +73,7 @@ def parse_plan(
             f"{text}: the degrees multiply to {replica * given['dp']} GPUs, not to {num_gpus}; leave out dp"
         )
     given.setdefault("etp", training.expert_tensor_parallel(tp) if experts else 1)
+    given.setdefault("cp_comm_type", training.context_kind(given.get("cp", 1)))
     given.setdefault("sequence_parallel", tp > 1)
     given.setdefault("schedule", "interleaved" if given.get("vpp", 1) > 1 else "1f1b")
     given.setdefault("precision", precision)

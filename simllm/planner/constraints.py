@@ -8,6 +8,7 @@ from typing import Literal
 
 from simllm.errors import InputError, unknown_name
 from simllm.models.activations import Recompute
+from simllm.models.context import CP_COMM_TYPES, CpCommType
 from simllm.parallel.offload import Offload
 from simllm.parallel.plan import PRECISIONS, ZERO_STAGES
 from simllm.parallel.schedules import SCHEDULES
@@ -20,6 +21,7 @@ _DEGREES = ("tp", "pp", "vpp", "cp", "ep", "dp", "micro_batch_size")
 _NAMES = {
     "zero": ("ZeRO stage", ZERO_STAGES),
     "schedule": ("schedule", SCHEDULES),
+    "cp_comm_type": ("kind of context parallelism", CP_COMM_TYPES),
     "precision": ("precision", PRECISIONS),
 }
 
@@ -34,6 +36,8 @@ class Constraints:
         The values allowed.
     zero, schedule : tuple of str
         The ZeRO stages and pipeline schedules allowed.
+    cp_comm_type : tuple of str
+        The kinds of context parallelism to choose from; empty: that of the software stack.
     precision : tuple of str
         Precisions of the matrix products to choose from.
     recompute : tuple of Recompute
@@ -53,6 +57,7 @@ class Constraints:
     pp: tuple[int, ...] = ()
     vpp: tuple[int, ...] = ()
     cp: tuple[int, ...] = ()
+    cp_comm_type: tuple[CpCommType, ...] = ()
     ep: tuple[int, ...] = ()
     dp: tuple[int, ...] = ()
     micro_batch_size: tuple[int, ...] = ()
@@ -88,6 +93,8 @@ class Constraints:
                 raise InputError(f"{name}={limit} must be a number above zero")
         if self.pp and self.vpp and set(self.pp) == {1} and min(self.vpp) > 1:
             raise InputError(f"vpp={_words(self.vpp)} needs a pipeline, but pp=1; allow vpp=1 or a larger pp")
+        if self.cp_comm_type and set(self.cp) == {1}:
+            raise InputError(f"cp_comm_type={_words(self.cp_comm_type)} needs cp above 1, but cp=1; allow a larger cp")
         if self.sequence_parallel and self.tp and set(self.tp) == {1}:
             raise InputError("sequence_parallel needs tp above 1, but tp=1; allow a larger tp")
         if self.zero and self.pp and set(self.zero) == {"2"} and min(self.pp) > 1:

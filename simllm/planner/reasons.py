@@ -27,7 +27,7 @@ CAUSES = {
 #: Groups of ranks whose traffic makes up a cause of time.
 GROUPS = {
     "tensor_parallel": ("tp",),
-    "context_parallel": ("cp",),
+    "context_parallel": ("cp", "cp_heads", "cp_ring"),
     "expert_parallel": ("ep", "etp"),
     "data_parallel": ("dp", "dp_replicas", "expert_dp", "expert_dp_replicas"),
     "pipeline_p2p": ("pp",),

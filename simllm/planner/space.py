@@ -19,9 +19,9 @@ from simllm.errors import InputError
 from simllm.hardware import Cluster
 from simllm.models import Model
 from simllm.models.activations import Recompute
-from simllm.models.spec import AttentionSpec, MambaSpec, MoESpec
+from simllm.models.spec import MambaSpec, MoESpec
 from simllm.parallel.offload import Offload
-from simllm.parallel.plan import Plan, Zero, cut_inside_a_block, even_split
+from simllm.parallel.plan import Plan, Zero, cut_inside_a_block, even_split, heads_fault, inner_degree
 from simllm.parallel.schedules import SCHEDULES
 from simllm.planner.constraints import Constraints
 from simllm.training import Training
@@ -41,7 +41,9 @@ _SMALLEST_SEQUENCE_PER_RANK = 512
 _EVERY = (8, 6, 4, 3, 2)
 
 #: What a cell is made of, in the order of the table.
-CELL_AXES = ("tp", "sequence_parallel", "cp", "ep", "micro_batch_size", "recompute")
+CELL_AXES = ("tp", "sequence_parallel", "cp", "cp_comm_type", "ep", "micro_batch_size", "recompute")
+#: Those whose columns hold positions of values that are no numbers.
+_NAMED = ("cp_comm_type", "recompute")
 
 
 def divisors(number: int, at_most: int | None = None) -> list[int]:
@@ -76,9 +78,11 @@ class Cells:
     values : dict of str to tuple
         Values of each axis, in the order of `CELL_AXES`.
     columns : dict of str to array
-        For every cell its value (of recomputation: the position of its policy).
+        For every cell its value (of recomputation and of the kind of context parallelism: the position of it).
     etp : array
         Expert-tensor parallelism, which follows from tp in a software stack.
+    cp_a2a : array
+        With two levels of context parallelism, the ranks that trade tokens for heads, which follow from tp and cp.
     fault : array of int
         Why no plan can be made of a cell: a position in ``reasons``, or -1.
     reasons : tuple of str
@@ -87,6 +91,7 @@ class Cells:
     values: dict[str, tuple[Any, ...]]
     columns: dict[str, NDArray[np.int64]]
     etp: NDArray[np.int64]
+    cp_a2a: NDArray[np.int64]
     fault: NDArray[np.int64]
     reasons: tuple[str, ...]
 
@@ -104,8 +109,11 @@ class Cells:
         """The fields of a `Plan` that a cell decides."""
         fields: dict[str, Any] = {name: int(self.columns[name][cell]) for name in CELL_AXES}
         fields["sequence_parallel"] = bool(fields["sequence_parallel"])
-        fields["recompute"] = self.values["recompute"][fields["recompute"]]
-        return fields | {"etp": int(self.etp[cell])}
+        for name in _NAMED:
+            fields[name] = self.values[name][fields[name]]
+        if fields["cp"] == 1:
+            fields["cp_comm_type"] = "p2p"
+        return fields | {"etp": int(self.etp[cell]), "cp_a2a": int(self.cp_a2a[cell])}
 
 
 class Space:
@@ -135,7 +143,7 @@ class Space:
         self.global_batch_size, self.constraints, self.unfused = global_batch_size, constraints, unfused
         spec = model.spec
         blocks = dict.fromkeys((*spec.decoder.layers, *(spec.encoder.layers if spec.encoder else ())))
-        self._attention = [b.mixer for b in blocks if isinstance(b.mixer, AttentionSpec)]
+        self._attention = spec.attentions
         self._mamba = [b.mixer for b in blocks if isinstance(b.mixer, MambaSpec)]
         self._dense = [b.mlp for b in blocks if b.mlp is not None and not isinstance(b.mlp, MoESpec)]
         self._moe = [b.mlp for b in blocks if isinstance(b.mlp, MoESpec)]
@@ -169,21 +177,47 @@ class Space:
             "tp": self._tensor_degrees(),
             "sequence_parallel": (True, False) if wanted is None else (wanted,),
             "cp": self._axis("cp", divisors(gpus, _LARGEST_CP)),
+            "cp_comm_type": tuple(dict.fromkeys(self.constraints.cp_comm_type))
+            or (self.training.software.cp_comm_type,),
             "ep": self._axis("ep", divisors(experts)),
             "micro_batch_size": self._axis("micro_batch_size", divisors(self.global_batch_size, _LARGEST_MICRO_BATCH)),
             "recompute": self._policies(),
         }
-        axes = [np.arange(len(v)) if name == "recompute" else np.array(v, dtype=np.int64) for name, v in values.items()]
+        axes = [np.arange(len(v)) if name in _NAMED else np.array(v, dtype=np.int64) for name, v in values.items()]
         grid = np.meshgrid(*axes, indexing="ij")
         columns = {name: array.ravel() for name, array in zip(CELL_AXES, grid, strict=True)}
         by_tp = {tp: self.training.expert_tensor_parallel(tp) if self._moe else 1 for tp in values["tp"]}
         etp = np.array([by_tp[tp] for tp in values["tp"]], dtype=np.int64)
         etp = np.repeat(etp, len(columns["tp"]) // max(1, len(etp)))
-        fault, reasons = self._faults(columns, etp)
-        return Cells(values=values, columns=columns, etp=etp, fault=fault, reasons=reasons)
+        heads, cp_a2a = self._context_levels(columns, values["cp_comm_type"])
+        fault, reasons = self._faults(columns, etp, heads)
+        return Cells(values=values, columns=columns, etp=etp, cp_a2a=cp_a2a, fault=fault, reasons=reasons)
+
+    def _context_levels(
+        self, columns: dict[str, NDArray[np.int64]], kinds: tuple[str, ...]
+    ) -> tuple[dict[str, NDArray[np.bool_]], NDArray[np.int64]]:
+        """Cells whose context-parallel ranks cannot trade tokens for heads, by reason, and the ranks that do."""
+        import numpy as np
+
+        keys = np.stack([columns[name] for name in ("tp", "cp", "cp_comm_type")])
+        cases, which = np.unique(keys, axis=1, return_inverse=True)
+        cut, flat, inner = (np.zeros(cases.shape[1], dtype=np.int64) for _ in range(3))
+        for number, (tp, cp, kind) in enumerate(cases.T.tolist()):
+            if cp > 1 and kinds[kind] == "a2a+p2p":
+                able = not any(attention.num_attention_heads % tp for attention in self._attention)
+                inner[number] = inner_degree(self._attention, tp, cp, self.cluster.gpus_per_domain) if able else 0
+                flat[number] = inner[number] == 0
+            elif cp > 1 and kinds[kind] == "a2a":
+                cut[number] = any(heads_fault(attention, tp, cp) for attention in self._attention)
+        spread = which.ravel()
+        reasons = {
+            "cp does not divide the heads of a tensor-parallel rank (a2a)": cut[spread] > 0,
+            "cp has no two levels of which one divides the heads (a2a+p2p)": flat[spread] > 0,
+        }
+        return reasons, inner[spread]
 
     def _faults(
-        self, columns: dict[str, NDArray[np.int64]], etp: NDArray[np.int64]
+        self, columns: dict[str, NDArray[np.int64]], etp: NDArray[np.int64], heads: dict[str, NDArray[np.bool_]]
     ) -> tuple[NDArray[np.int64], tuple[str, ...]]:
         import numpy as np
 
@@ -198,8 +232,8 @@ class Space:
         for attention in self._attention:
             refuse("tp does not divide the attention heads", attention.num_attention_heads % tp > 0)
             if attention.latent is None:
-                heads = attention.num_key_value_heads
-                uneven = (heads % tp > 0) & (tp % heads > 0)
+                kv_heads = attention.num_key_value_heads
+                uneven = (kv_heads % tp > 0) & (tp % kv_heads > 0)
                 refuse("tp neither divides nor is a multiple of the key-value heads", uneven)
         for size in (*(mlp.intermediate_size for mlp in self._dense), *(m.inner_size for m in self._mamba)):
             refuse("tp does not divide the intermediate size", size % tp > 0)
@@ -218,12 +252,14 @@ class Space:
         short = (cp > 1) & (self.training.seq_len // cp < _SMALLEST_SEQUENCE_PER_RANK)
         if not self.constraints.cp:
             refuse(f"cp leaves fewer than {_SMALLEST_SEQUENCE_PER_RANK} tokens of a sequence per rank", short)
+        for reason, where in heads.items():
+            refuse(reason, where)
         if self._mamba:
             refuse("context parallelism of a state-space mixer is not modelled", cp > 1)
         if self._moe:
             refuse("tp without sequence parallelism sends every token to the experts tp times", (split == 0) & (tp > 1))
         # Without tensor parallelism there is nothing to split: no choice, and not counted.
-        absent = (split > 0) & (tp == 1)
+        absent = ((split > 0) & (tp == 1)) | ((columns["cp_comm_type"] > 0) & (cp == 1))
         reasons = tuple(dict.fromkeys(reason for reason, _ in found))
         fault = np.full(len(tp), -1, dtype=np.int64)
         for reason, where in reversed(found):

@@ -47,6 +47,8 @@ MEMORY = {
 _GROUPS = {
     "tp": "tensor parallel",
     "cp": "context parallel",
+    "cp_heads": "context parallel, heads",
+    "cp_ring": "context parallel, ring",
     "pp": "pipeline",
     "dp": "data parallel",
     "ep": "experts",

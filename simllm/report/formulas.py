@@ -32,8 +32,9 @@ _TIME = {
         "Hockney's model with a ramp, fitted to nccl-tests; sizes: arXiv:2205.05198, section 4",
     ),
     "context_parallel": (
-        "ring steps beyond the attention they run beside: max(0, T - A) + share x min(T, A)",
-        "ring attention (arXiv:2310.01889)",
+        "what shows beside attention: max(0, T - A) + share x min(T, A) of a ring, the same of gathered keys beside "
+        "attention to a rank's own, all of what trades tokens for heads",
+        "arXiv:2310.01889; arXiv:2407.21783, section 3.3.2; arXiv:2309.14509",
     ),
     "expert_parallel": (
         "all-to-all of the tokens to their experts and back, times the share that shows",

@@ -70,6 +70,15 @@ def search_report(search: PlanSearch, runs: Sequence[Budget] = ()) -> list[Rende
     ]
 
 
+#: Choices that are said in words: heading of their column, field of a plan.
+_WORDS = (
+    ("cp by", "cp_comm_type"),
+    ("precision", "precision"),
+    ("schedule", "schedule"),
+    ("sp", "sequence_parallel"),
+)
+
+
 def _plans(search: PlanSearch) -> Table:
     always = {"tp", "pp", "dp"}
     degrees = [
@@ -80,9 +89,7 @@ def _plans(search: PlanSearch) -> Table:
     gpus = ["GPUs"] if len({answer.plan.num_gpus for answer in search.plans}) > 1 else []
     # What all plans have in common is said once, with the best of them.
     varied = [
-        (heading, name)
-        for heading, name in (("precision", "precision"), ("schedule", "schedule"), ("sp", "sequence_parallel"))
-        if len({getattr(answer.plan, name) for answer in search.plans}) > 1
+        (heading, name) for heading, name in _WORDS if len({getattr(answer.plan, name) for answer in search.plans}) > 1
     ]
     others = [heading for heading, _ in varied]
     columns = ("", *gpus, *degrees, "zero", "mbs", "recompute", *others, "step", "MFU", "memory", "free")

@@ -86,6 +86,7 @@ def _given_plan(cell: Mapping[str, Any], model: Model, training: Training) -> Pl
     defaults: dict[str, Any] = {
         "dp": cell["gpus"] // replica,
         "etp": training.expert_tensor_parallel(tp) if moe else 1,
+        "cp_comm_type": training.context_kind(cp),
         "sequence_parallel": tp > 1,
         "schedule": "interleaved" if given.get("vpp", 1) > 1 else "1f1b",
     }

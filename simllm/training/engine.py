@@ -38,6 +38,8 @@ class BlockGroups:
 
     tp: Group
     cp: Group
+    cp_heads: Group
+    cp_ring: Group
     ep: Group
     etp: Group
 
@@ -63,6 +65,8 @@ def implementation_of(stack: Stack, kernels: Kernels, precision: str) -> Impleme
         rope=stack.kernels.rope,
         dropout_add=stack.kernels.dropout_add,
         sequence_gather=stack.kernels.sequence_gather,
+        context_output=stack.kernels.context_output,
+        context_steps=stack.kernels.context_steps,
         router_weights=stack.kernels.router_weights,
         expert_extras=stack.kernels.expert_extras,
         activation_bytes=4 if precision in ("fp32", "tf32") else 2,
@@ -146,7 +150,7 @@ class Engine:
             elif isinstance(item, GroupedGemm):
                 matmul += kernels.grouped_matmul(item.tokens, item.n, item.k, item.groups, precision, quantise)
             elif isinstance(item, AttentionWork):
-                attention += self._price_attention(item, products)
+                attention += item.times * self._price_attention(item, products)
             else:
                 # Every kernel of a chain moves its part of the bytes; small ones cost their launch.
                 elementwise += item.kernels * kernels.memory_bound(permute * item.bytes / max(1, item.kernels), kind)
@@ -231,16 +235,23 @@ class Engine:
 
     def _communication(self, collectives: Iterable[Collective], groups: BlockGroups, attention_s: float) -> Cost:
         overlap = self.stack.overlap
-        tensor = expert = ring = 0.0
+        tensor = expert = ring = gathered = exchanged = 0.0
         for collective in collectives:
             seconds = self.collective_s(collective, groups)
             if collective.group == "tp":
                 tensor += seconds * overlap.tensor_parallel_exposed.si
-            elif collective.group == "cp":
-                ring += seconds
-            else:
+            elif collective.group in ("ep", "etp"):
                 expert += seconds * overlap.expert_parallel_exposed.si
-        visible = exposed(ring, attention_s, overlap.context_parallel_exposed.si)
+            elif collective.op == "send_recv":
+                ring += seconds
+            elif collective.op == "all_to_all":
+                exchanged += seconds
+            else:
+                gathered += seconds
+        visible = exchanged + exposed(ring, attention_s, overlap.context_parallel_exposed.si)
+        if gathered:
+            # Keys of other ranks can come while a rank attends to its own.
+            visible += exposed(gathered, attention_s / groups.cp.size, overlap.context_gather_exposed.si)
         return Cost(tensor_parallel=tensor, expert_parallel=expert, context_parallel=visible)
 
     # -- blocks ------------------------------------------------------------------------------------------------

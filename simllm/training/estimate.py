@@ -255,6 +255,8 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
         "pp": plan.pp,
         "vpp": plan.vpp,
         "cp": plan.cp,
+        "cp_comm_type": plan.cp_comm_type,
+        "cp_a2a": plan.cp_a2a,
         "ep": plan.ep,
         "etp": plan.etp,
         "dp": plan.dp,

@@ -10,6 +10,7 @@ from typing import Literal
 from simllm.errors import InputError, unknown_name
 from simllm.hardware.stack import Stack, load_stack
 from simllm.models import Model
+from simllm.models.context import CpCommType
 from simllm.models.conventions import FLOP_CONVENTIONS
 from simllm.models.routing import Routing
 from simllm.parallel.states import StateBytes, optimizer_named, state_bytes
@@ -111,6 +112,10 @@ class Training:
     def expert_tensor_parallel(self, tp: int) -> int:
         """Tensor parallelism inside an expert that goes with a degree of tensor parallelism in this stack."""
         return tp if self.software.expert_tensor_parallel == "tp" else 1
+
+    def context_kind(self, cp: int) -> CpCommType:
+        """How this stack's context-parallel ranks come to the keys of all tokens unless told otherwise."""
+        return self.software.cp_comm_type if cp > 1 else "p2p"
 
 
 def check_experts(model: Model, training: Training) -> None:

@@ -114,7 +114,12 @@ class Step:
         seq_len = training.seq_len + self.graph.virtual_tokens
         self.layout = plan.layout(seq_len, self.prefix_len, round(self.stack.vocab_multiple.si), training.routing)
         self.groups = BlockGroups(
-            tp=group_of(plan, "tp"), cp=group_of(plan, "cp"), ep=group_of(plan, "ep"), etp=group_of(plan, "etp")
+            tp=group_of(plan, "tp"),
+            cp=group_of(plan, "cp"),
+            cp_heads=group_of(plan, "cp_heads"),
+            cp_ring=group_of(plan, "cp_ring"),
+            ep=group_of(plan, "ep"),
+            etp=group_of(plan, "etp"),
         )
         self.hsdp_shard = plan.hsdp_shard or gcd(plan.dp * plan.cp, max(1, cluster.gpus_per_domain // plan.tp))
         self.states: StateBytes = training.states(plan.precision)

@@ -11,6 +11,7 @@ from simllm.hardware import Cluster, load_cluster, make_cluster
 from simllm.hardware.stack import Stack
 from simllm.models import Model
 from simllm.models.activations import Recompute, second_products
+from simllm.models.context import CpCommType
 from simllm.models.spec import MoESpec
 from simllm.parallel.plan import Plan, Zero, even_split
 from simllm.parallel.schedules import SCHEDULES
@@ -47,6 +48,13 @@ _CUDA_DEVICES = ("v100", "a100", "h100", "h200", "b200", "b300", "gb200", "gb300
 
 #: Words of a network's description and the link class they mean.
 _NETWORKS = (("roce", "roce"), ("tcpxo", "gpudirect-tcpxo"), ("tcpx", "gpudirect-tcpx"), ("efa", "efa"))
+
+#: What settings and notes say of context parallelism, and the kind that they mean.
+_CONTEXT_KINDS: tuple[tuple[str, CpCommType], ...] = (
+    (r"\bcp (?:via|by|over) (?:a2a|all.?to.?all)|ulysses", "a2a"),
+    (r"\bcp (?:via|by|over) all.?gather", "all_gather"),
+    (r"\bcp (?:via|by|over) (?:p2p|ring)|ring attention", "p2p"),
+)
 
 _SCHEDULES = {
     "1f1b": "1f1b",
@@ -123,6 +131,7 @@ def run_plan(row: Row, model: Model, cluster: Cluster, stack: Stack, base: str, 
         pp=pp,
         vpp=vpp,
         cp=cp,
+        cp_comm_type=_context_kind(row, stack, base, cp),
         ep=ep,
         etp=etp,
         dp=dp,
@@ -156,6 +165,17 @@ def _degrees(row: Row, num_gpus: int) -> tuple[int, int, int, int]:
             f"n_gpus={num_gpus}"
         )
     return tp, pp, cp, dp
+
+
+def _context_kind(row: Row, stack: Stack, base: str, cp: int) -> CpCommType:
+    """How context-parallel ranks come to the keys of all tokens."""
+    if cp == 1:
+        return "p2p"
+    text = " ".join(row.text(name) for name in ("overlap_notes", "notes")).casefold()
+    stated = next((kind for pattern, kind in _CONTEXT_KINDS if re.search(pattern, text)), None)
+    if stated is None:
+        row.assume(f"the kind of context parallelism is not stated: {stack.cp_comm_type}, as {base} does")
+    return stated or stack.cp_comm_type
 
 
 def _experts(row: Row, model: Model, stack: Stack, tp: int, stage_gpus: int) -> tuple[int, int]:

@@ -207,7 +207,6 @@ _REFINEMENTS: tuple[Callable[[Row, Stack, _Load], tuple[Stack, str] | None], ...
 
 #: What notes may state and the engine does not model, with the sentence that says what is priced instead.
 _NOT_MODELLED = (
-    (r"cp via a2a", "context parallelism by all-to-all is priced as a ring"),
     (r"cuda graph", "the gain of CUDA graphs is not priced"),
     (r"(?<!w/o )(?<!without )\bmtp\b", "layers for multi-token prediction are not priced"),
 )

@@ -13,6 +13,7 @@ from simllm.errors import InputError
 from simllm.export import Exported, Imported, Job
 from simllm.models import Model
 from simllm.models.activations import Recompute, second_products
+from simllm.models.context import CP_COMM_TYPES
 from simllm.parallel.plan import Plan, Zero, check_plan
 from simllm.training import Training
 
@@ -23,7 +24,8 @@ RANGES: dict[str, dict[str, Any]] = {
     "megatron": {
         "clipping": (True, True, False),
         "capacity": (None, None, 1.0, 1.25),
-        "cp": (1, 1, 2),
+        "cp": (1, 1, 2, 4),
+        "kinds": CP_COMM_TYPES,
         "models": MODELS,
         "sequence": (True, False),
         "recompute": ("none", "selective", "full", "every:2", "every:4", "list:mixer_norm,mlp_norm"),
@@ -38,7 +40,8 @@ RANGES: dict[str, dict[str, Any]] = {
     "deepspeed": {
         "clipping": (True, False),
         "capacity": (None,),
-        "cp": (1,),
+        "cp": (1, 1, 2, 4),
+        "kinds": ("a2a",),
         "models": MODELS[:3],
         "sequence": (False,),
         "recompute": ("none", "selective", "full", "every:2"),
@@ -54,6 +57,7 @@ RANGES: dict[str, dict[str, Any]] = {
         "clipping": (True,),
         "capacity": (None,),
         "cp": (1, 1, 2),
+        "kinds": ("all_gather", "p2p"),
         "models": MODELS[:5],
         "sequence": (True,),
         "recompute": ("none", "full", "every:2", "every:4", "op"),
@@ -69,6 +73,7 @@ RANGES: dict[str, dict[str, Any]] = {
         "clipping": (True, False),
         "capacity": (None,),
         "cp": (1, 1, 2),
+        "kinds": ("all_gather", "p2p"),
         "models": MODELS[:3],
         "sequence": (False,),
         "recompute": ("none", "selective", "full", "every:2"),
@@ -98,6 +103,7 @@ def jobs(draw: st.DrawFn, framework: str) -> Job:
     moe = "experts" in chosen.parameters.by_component
     tp, pp, vpp = pick(1, 2, 4), pick(*some["pp"]), pick(*some["vpp"])
     cp, dp = pick(*some["cp"]), pick(1, 2, 4, 8)
+    kind = pick(*some["kinds"]) if cp > 1 else "p2p"
     micro = pick(1, 2)
     ep = pick(1, 1, 2, 4, 8) if moe else 1
     recompute = pick(*some["recompute"])
@@ -119,6 +125,8 @@ def jobs(draw: st.DrawFn, framework: str) -> Job:
             pp=pp,
             vpp=vpp if pp > 1 else 1,
             cp=cp,
+            cp_comm_type=kind,
+            cp_a2a=2 if kind == "a2a+p2p" else 0,
             ep=ep,
             etp=pick(1, tp) if moe else 1,
             dp=dp,

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from simllm.errors import UnsupportedError
 from simllm.export import Exported, Job, export, torchtitan
+from simllm.export.job import ROTATE_METHODS
 from simllm.models.spec import MoESpec
 from simllm.parallel.plan import split_layers
 from tests.export.jobs import job, jobs
@@ -53,6 +54,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "flag": {"action": "store_true"},
     "text": {"type": str},
     "texts": {"type": str, "nargs": "*"},
+    "ints": {"type": int, "nargs": "+"},
     "tuple": {"type": lambda text: tuple(int(part) for part in text.strip("()").split(","))},
     "pattern": {"type": pattern},
 }
@@ -177,6 +179,16 @@ def test_arguments_of_a_plan_by_hand() -> None:
     assert (args["expert_model_parallel_size"], args["expert_tensor_parallel_size"]) == (8, 1)
 
 
+def test_kinds_of_context_parallelism_are_arguments_of_their_own() -> None:
+    two = {"cp": 8, "dp": 1, "cp_comm_type": "a2a+p2p", "cp_a2a": 4}
+    args = parsed(export(job("llama-3-8b", **two), "megatron").text)
+    assert args["context_parallel_size"] == 8
+    assert (args["cp_comm_type"], args["hierarchical_context_parallel_sizes"]) == (["a2a+p2p"], [4, 2])
+    args = parsed(export(job("llama-3-8b", cp=8, dp=1, cp_comm_type="all_gather"), "megatron").text)
+    assert (args["cp_comm_type"], "hierarchical_context_parallel_sizes" in args) == (["all_gather"], False)
+    assert "cp_comm_type" not in parsed(export(job("llama-3-8b", cp=8, dp=1), "megatron").text)  # a ring by default
+
+
 # -- DeepSpeed -----------------------------------------------------------------------------------------------------
 
 
@@ -215,6 +227,7 @@ def test_deepspeed_reads_its_json_with_the_same_meaning(data: st.DataObject) -> 
         "tensor_parallel",
         "data_types",
         "gradient_clipping",
+        "sequence_parallel_size",
         "zero_allow_untested_optimizer",
     }
     assert not unread
@@ -353,4 +366,6 @@ def test_accelerate_reads_its_yaml_with_the_same_meaning(
     assert sizes is not None
     assert (sizes.tp_size, sizes.cp_size, sizes.data_parallel_size) == (plan.tp, plan.cp, plan.dp)
     assert sizes.total_size == plan.num_gpus
+    if plan.cp > 1:
+        assert sizes.cp_handler.cp_comm_strategy == ROTATE_METHODS[plan.cp_comm_type]
     assert sizes.dp_replicate_size == (plan.dp * plan.cp // plan.hsdp_shard if plan.zero == "hsdp" else 1)

@@ -106,6 +106,7 @@ def test_parts_add_up(spec: ModelSpec) -> None:
 @settings(deadline=None)
 @given(specs())
 def test_ranks_share_the_work(spec: ModelSpec) -> None:
+    # By the pairs that masks keep: a rank of a ring never computes the squares above the diagonal.
     graph = build_graph(spec)
     whole = count_flops(graph, Layout(batch=4, seq_len=256))
     rank = count_flops(graph, Layout(batch=4, seq_len=256, tp=4, cp=4, ep=4, sequence_parallel=True))
@@ -114,9 +115,9 @@ def test_ranks_share_the_work(spec: ModelSpec) -> None:
         block.mixer.num_key_value_heads < 4
         for block in spec.decoder.layers  # type: ignore[union-attr]
     )
-    assert rank.forward_full_attention * 16 >= whole.forward_full_attention
+    assert rank.forward_masked * 16 >= whole.forward_masked * (1 - 1e-9)
     if not repeated:
-        assert rank.forward_full_attention * 16 == whole.forward_full_attention
+        assert rank.forward_masked * 16 == pytest.approx(whole.forward_masked, rel=1e-9)
 
 
 def test_backward_is_twice_the_forward_per_operator() -> None:

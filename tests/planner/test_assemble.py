@@ -15,6 +15,7 @@ from simllm.elementwise import larger, smaller
 from simllm.errors import InputError
 from simllm.hardware import Cluster
 from simllm.models import Model
+from simllm.models.context import CP_COMM_TYPES, CpCommType
 from simllm.parallel.offload import Offload
 from simllm.parallel.schedules import in_flight_chunks, pipeline_bubble, pipeline_time
 from simllm.planner.constraints import Constraints
@@ -82,15 +83,31 @@ STACKS = ["megatron-core", "fsdp1", "megatron-deepspeed", "torchtitan", "xla"]
     seq_len=st.sampled_from([512, 1024, 1536]),
     optimizer=st.sampled_from(["adam", "adafactor", "adam-8bit", "muon"]),
     uneven=st.booleans(),
+    kinds=st.sampled_from([(), CP_COMM_TYPES]),
     seed=st.integers(0, 2**32),
 )
 def test_arrays_equal_scalar_estimates(
-    name: str, where: tuple[str, int], stack: str, batch: int, seq_len: int, optimizer: str, uneven: bool, seed: int
+    name: str,
+    where: tuple[str, int],
+    stack: str,
+    batch: int,
+    seq_len: int,
+    optimizer: str,
+    uneven: bool,
+    kinds: tuple[CpCommType, ...],
+    seed: int,
 ) -> None:
     model, cluster = Model.load(name), Cluster.load(*where)
     training = Training(seq_len=seq_len, stack=stack, optimizer=optimizer)
     precision = "fp16" if where[0] == "dgx-1v" else "bf16"
-    few = Constraints(micro_batch_size=(1, 4), uneven_layers=uneven, precision=(precision,), cp=(1, 2, 4), ep=(1, 2, 4))
+    few = Constraints(
+        micro_batch_size=(1, 4),
+        uneven_layers=uneven,
+        precision=(precision,),
+        cp=(1, 2, 4),
+        cp_comm_type=kinds,
+        ep=(1, 2, 4),
+    )
     if "experts" not in model.parameters.by_component:
         few = few.without("ep")
     found = evaluated(model, cluster, training, batch, few, unfused=True)

@@ -267,6 +267,30 @@ def test_estimate_every_option_arrives(cli) -> None:
     assert memory["usable_bytes"] == pytest.approx(0.9 * memory["capacity_bytes"])
 
 
+def test_estimate_kinds_of_context_parallelism(cli) -> None:
+    line = "estimate llama-3-70b --cluster dgx-h100 --gpus 64 --tp 4 --cp 8 --global-batch-size 8 --seq-len 64k"
+    found = {}
+    for kind in ("p2p", "all_gather", "a2a", "a2a+p2p"):
+        answer = cli(f"{line} --cp-comm-type {kind} --json").json
+        assert answer["plan"]["cp_comm_type"] == kind
+        found[kind] = {(t["group"], t["operation"]) for t in answer["communication"] if t["group"].startswith("cp")}
+    assert found == {
+        "p2p": {("cp", "send_recv")},
+        "all_gather": {("cp", "all_gather"), ("cp", "reduce_scatter")},
+        "a2a": {("cp", "all_to_all")},
+        "a2a+p2p": {("cp_heads", "all_to_all"), ("cp_ring", "send_recv")},
+    }
+    # Two levels nobody chose: pairs that share a node beside tp=4.
+    assert cli(f"{line} --cp-comm-type a2a+p2p --json").json["plan"]["cp_a2a"] == 2
+    assert cli(f"{line} --cp-comm-type a2a+p2p --cp-a2a 4 --json").json["plan"]["cp_a2a"] == 4
+    # What the software does unless told otherwise.
+    assert cli(f"{line} --json").json["plan"]["cp_comm_type"] == "p2p"
+    assert cli(f"{line} --stack torchtitan --json").json["plan"]["cp_comm_type"] == "all_gather"
+    text = cli(f"{line} --cp-comm-type a2a+p2p").out
+    assert "cp_comm_type=a2a+p2p cp_a2a=2" in text
+    assert "context parallel, heads" in text
+
+
 def test_estimate_uneven_layers(cli) -> None:
     line = "estimate deepseek-v3 --cluster dgx-h200 --gpus 256 --pp 16 --ep 16 --global-batch-size 256 --json"
     assert cli(line).status == 2

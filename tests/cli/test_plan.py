@@ -53,6 +53,31 @@ def test_degrees_are_fixed_by_options(cli) -> None:
     assert {plan["recompute"] for plan in plans} <= {"none", "full"}
 
 
+def test_kinds_of_context_parallelism_to_choose_from(cli) -> None:
+    line = (
+        "plan llama-3-8b --cluster dgx-h100 --gpus 32 --global-batch-size 4 --seq-len 128k --cp 8,16 --json --top 200"
+    )
+    one, several = cli(line).json, cli(f"{line} --cp-comm-type p2p,a2a,a2a+p2p,all_gather").json
+    kinds = {entry["plan"]["cp_comm_type"] for entry in several["plans"]}
+    assert {entry["plan"]["cp_comm_type"] for entry in one["plans"]} == {"p2p"}
+    assert kinds == {"p2p", "a2a", "a2a+p2p", "all_gather"}
+    assert several["plans"][0]["step_time_s"] <= one["plans"][0]["step_time_s"]
+    assert several["searched"] > 3 * one["searched"]
+    # Every one of them is a plan that estimate takes, with the same answer.
+    best = next(entry for entry in several["plans"] if entry["plan"]["cp_comm_type"] == "a2a+p2p")
+    plan = best["plan"]
+    words = " ".join(
+        f"--{name.replace('_', '-')} {plan[name]}" for name in ("tp", "pp", "vpp", "cp", "zero", "recompute")
+    )
+    again = cli(
+        f"estimate llama-3-8b --cluster dgx-h100 --gpus 32 --seq-len 128k --global-batch-size 4 {words} --json "
+        f"--cp-comm-type a2a+p2p --micro-batch-size {plan['micro_batch_size']} --schedule {plan['schedule']} "
+        f"--{'' if plan['sequence_parallel'] else 'no-'}sequence-parallel"
+    ).json
+    assert again["plan"]["cp_a2a"] == plan["cp_a2a"]
+    assert again["step_time_s"] == pytest.approx(best["step_time_s"], rel=1e-9)
+
+
 def test_several_numbers_of_gpus(cli) -> None:
     listed = cli(f"{SMALL} --gpus 8,16 --objective cost --json --top 100").json
     assert {entry["gpus"] for entry in listed["plans"]} == {8, 16}

@@ -241,8 +241,21 @@ class TestStack:
         state_what_is_not_modelled(row)
         assert row.assumptions == [
             "the settings exclude overlap: all communication shows",
-            "context parallelism by all-to-all is priced as a ring",
         ]
+
+    def test_the_kind_of_context_parallelism_is_as_stated_or_as_the_stack_has_it(self, good):
+        def kind(stack: str, **cells: str) -> tuple[str, list[str]]:
+            row = row_of(good, **({"cp": "2", "dp": "", "grad_accum": ""} | cells))
+            cluster = run_cluster(row)
+            plan = run_plan(row, Model.load("llama-3-8b"), cluster, load_stack(stack), stack, 4096)
+            return plan.cp_comm_type, [text for text in row.assumptions if "context parallelism" in text]
+
+        assert kind("megatron-core", overlap_notes="non-overlap contract; CP via a2a") == ("a2a", [])
+        assert kind("megatron-core", notes="DeepSpeed Ulysses") == ("a2a", [])
+        assert kind("megatron-core", notes="CP by all-gather") == ("all_gather", [])
+        said = "the kind of context parallelism is not stated: all_gather, as torchtitan does"
+        assert kind("torchtitan") == ("all_gather", [said])
+        assert kind("torchtitan", cp="1") == ("p2p", [])
 
     def test_bytes_on_the_wire_as_stated(self, good):
         pure = run_stack(row_of(good, overlap_notes="PyTorch FSDP1 prefetch; MP Mode=PURE"), "fsdp1")

@@ -18,9 +18,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from simllm.validation.execution.case import Case
+
+if TYPE_CHECKING:
+    from simllm.validation.execution.context import ContextCase
 
 __all__ = ["ExecutionError", "Pool"]
 
@@ -33,7 +36,7 @@ class ExecutionError(ChildProcessError):
 
 @dataclass(frozen=True)
 class _Job:
-    case: Case
+    case: Case | ContextCase
     rank: int
     world: int
     rendezvous: str
@@ -70,6 +73,7 @@ def _run(job: _Job) -> Any:
     import torch
     import torch.distributed as dist
 
+    from simllm.validation.execution.context import ContextCase, execute_context
     from simllm.validation.execution.execute import execute
 
     device = "cuda" if job.backend == "nccl" else "cpu"
@@ -80,7 +84,7 @@ def _run(job: _Job) -> Any:
         job.backend, store=store, rank=job.rank, world_size=job.world, timeout=timedelta(seconds=job.timeout_s)
     )
     try:
-        return execute(job.case, device)
+        return execute_context(job.case) if isinstance(job.case, ContextCase) else execute(job.case, device)
     finally:
         with contextlib.suppress(Exception):
             dist.destroy_process_group()
@@ -119,7 +123,7 @@ class Pool:
         """Process ids of the ranks."""
         return [process.pid for process in self._processes]
 
-    def run(self, case: Case) -> list[Any]:
+    def run(self, case: Case | ContextCase) -> list[Any]:
         """Execute a case on its ranks; the records, by rank.
 
         Raises

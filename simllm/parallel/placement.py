@@ -55,12 +55,15 @@ def group_of(plan: Plan, role: GroupRole, hsdp_shard: int = 0) -> Group:
     return Group(size=plan.cp * plan.dp // hsdp_shard, stride=tp * hsdp_shard)
 
 
-def communicators(tp: Degree, pp: Degree, cp: Degree, dp: Degree, ep: Degree, expert_dp: Degree, hsdp: bool) -> Degree:
+def communicators(
+    tp: Degree, pp: Degree, cp: Degree, cp_a2a: Degree, dp: Degree, ep: Degree, expert_dp: Degree, hsdp: bool
+) -> Degree:
     """Groups of several ranks that a rank communicates in, each with a communicator and buffers of its own.
 
-    >>> communicators(tp=8, pp=2, cp=1, dp=4, ep=1, expert_dp=32, hsdp=False)
+    >>> communicators(tp=8, pp=2, cp=1, cp_a2a=0, dp=4, ep=1, expert_dp=32, hsdp=False)
     3
     """
-    dense: Degree = (tp > 1) * 1 + (pp > 1) * 1 + (cp > 1) * 1 + (dp * cp > 1) * 1
+    context: Degree = (cp > 1) * 1 + (cp_a2a > 1) * 1
+    dense: Degree = (tp > 1) * 1 + (pp > 1) * 1 + context + (dp * cp > 1) * 1
     experts: Degree = (ep > 1) * 1 + (ep > 1) * (expert_dp > 1)
     return dense + experts + int(hsdp)

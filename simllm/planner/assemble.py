@@ -95,9 +95,8 @@ class Assembly:
         sharing = tuple(self._fields(int(cells[i]), pp, int(dp[i])) for i in first)
         counts = m.astype(np.float64)
         tp, cp, ep = (columns[name][cells] for name in ("tp", "cp", "ep"))
-        groups = communicators(
-            tp, np.full_like(tp, pp), cp, dp, ep, tp * cp * dp // (ep * self.cells.etp[cells]), hsdp=False
-        )
+        replicas = tp * cp * dp // (ep * self.cells.etp[cells])
+        groups = communicators(tp, np.full_like(tp, pp), cp, self.cells.cp_a2a[cells], dp, ep, replicas, hsdp=False)
         frame = Frame(cells, counts, blocks, np.zeros_like(counts), groups, share.ravel(), sharing)
         if pp == 1:
             return frame

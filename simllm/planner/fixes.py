@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from simllm.parallel.plan import Plan, Zero
 from simllm.planner.compare import NO_CHANGE
 from simllm.planner.space import CELL_AXES, Cells, Structure
 from simllm.planner.survey import Survey
-from simllm.training import Estimate, estimate
+from simllm.training import Estimate, Training, estimate
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -122,7 +122,7 @@ def fix_of(answer: Estimate) -> tuple[str, Estimate] | None:
     answer : Estimate
         Of a plan that does not fit.
     """
-    for text, changed in _variants(answer.plan):
+    for text, changed in _variants(answer.plan, answer.training):
         try:
             tried = estimate(answer.model, answer.cluster, changed(), answer.training)
         except InputError:
@@ -132,7 +132,7 @@ def fix_of(answer: Estimate) -> tuple[str, Estimate] | None:
     return None
 
 
-def _variants(plan: Plan) -> Iterator[tuple[str, Callable[[], Plan]]]:
+def _variants(plan: Plan, training: Training) -> Iterator[tuple[str, Callable[[], Plan]]]:
     for policy in ("selective", "every:4", "every:2", "full"):
         yield f"fits with recompute={policy}", partial(replace, plan, recompute=Recompute.parse(policy))
     if plan.tp > 1 and not plan.sequence_parallel:
@@ -145,17 +145,19 @@ def _variants(plan: Plan) -> Iterator[tuple[str, Callable[[], Plan]]]:
         for factor in (2, 4, 8):
             value = getattr(plan, axis) * factor
             more = plan.tp * plan.cp * (factor - 1)
-            moved = partial(_with_degree, plan, axis, value)
+            moved = partial(_with_degree, plan, axis, value, training)
             yield f"needs {more} more GPUs per stage: {axis}={value}", moved
     for factor in (2, 4):
-        yield f"fits with pp={plan.pp * factor}", partial(_with_degree, plan, "pp", plan.pp * factor)
+        yield f"fits with pp={plan.pp * factor}", partial(_with_degree, plan, "pp", plan.pp * factor, training)
 
 
-def _with_degree(plan: Plan, axis: str, value: int) -> Plan:
+def _with_degree(plan: Plan, axis: str, value: int, training: Training) -> Plan:
     """The plan on as many GPUs with one degree larger and fewer replicas."""
     factor = value // getattr(plan, axis)
     if plan.dp % factor:
         raise InputError(f"{axis}={value} leaves no whole number of replicas")
-    fields = {axis: value, "dp": plan.dp // factor}
+    fields: dict[str, Any] = {axis: value, "dp": plan.dp // factor}
+    if axis == "cp" and plan.cp == 1:
+        fields["cp_comm_type"] = training.context_kind(value)
     sequence = plan.sequence_parallel or (axis == "tp" and plan.tp == 1)
     return replace(plan, **fields, sequence_parallel=sequence)

@@ -155,7 +155,8 @@ class Step:
         """Device memory of a rank outside the framework's allocator."""
         plan, costs = self.plan, self.stack.costs
         replicas = group_of(plan, "expert_dp").size
-        groups = communicators(plan.tp, plan.pp, plan.cp, plan.dp, plan.ep, replicas, plan.zero == "hsdp")
+        degrees = (plan.tp, plan.pp, plan.cp, plan.cp_a2a, plan.dp, plan.ep)
+        groups = communicators(*degrees, replicas, plan.zero == "hsdp")
         return costs.context.si + groups * costs.communicator.si
 
     def kept_bytes(self, stage: Stage) -> float:

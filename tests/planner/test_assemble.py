@@ -131,6 +131,27 @@ def test_imbalance_capacity_and_clipping_are_in_the_arrays(name: str, routing: d
     assert_equal_to_scalar(found, model, training, sample=40)
 
 
+def test_arrays_equal_scalar_estimates_in_every_kind_of_context_parallelism() -> None:
+    model, cluster = Model.load("llama-3-8b"), Cluster.load("dgx-h100", 64)
+    kinds = Constraints(cp=(1, 2, 4, 16), cp_comm_type=CP_COMM_TYPES, micro_batch_size=(1,), pp=(1, 2))
+    for stack in ("megatron-core", "megatron-deepspeed", "torchtitan"):
+        training = Training(seq_len=32768, stack=stack)
+        found = evaluated(model, cluster, training, 64, kinds)
+        plans = [found.plan(number) for number in range(len(found))]
+        assert {(plan.cp > 1, plan.cp_comm_type) for plan in plans} == {
+            (False, "p2p"),
+            *((True, kind) for kind in CP_COMM_TYPES),
+        }
+        # Two levels: the most ranks of a node that tensor parallelism leaves, no level of one rank.
+        inner = {(plan.tp, plan.cp): plan.cp_a2a for plan in plans if plan.cp_comm_type == "a2a+p2p"}
+        assert {key: n for key, n in inner.items() if key in ((1, 4), (1, 16), (4, 16))} == {
+            (1, 4): 2,
+            (1, 16): 8,
+            (4, 16): 2,
+        }
+        assert_equal_to_scalar(found, model, training, sample=80)
+
+
 @settings(
     max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate]
 )

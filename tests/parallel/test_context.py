@@ -332,6 +332,19 @@ def test_what_shows_of_each_kind() -> None:
     assert eager.time.by_cause["context_parallel"] < 0.2 * sum(t.time_s for t in eager.communication if t.group == "cp")
 
 
+def test_gathered_keys_cost_little_beside_attention_in_long_sequences() -> None:
+    # arXiv:2407.21783, section 3.3.2: K and V are much smaller than Q, and attention is quadratic where the gather is
+    # linear: about an order of magnitude. Its long-context training: 131,072 tokens, tp 8, cp 16, over InfiniBand.
+    plan = Plan(tp=8, cp=16, pp=16, dp=8, cp_comm_type="all_gather", sequence_parallel=True, global_batch_size=128)
+    model, cluster = Model.load("llama-3.1-405b"), Cluster.load("dgx-h100", 16384)
+    by_cause = {
+        seq_len: estimate(model, cluster, plan, Training(seq_len=seq_len)).time.by_cause for seq_len in (32768, 131072)
+    }
+    long, short = by_cause[131072], by_cause[32768]
+    assert 0.05 * long["attention"] < long["context_parallel"] < 0.2 * long["attention"]
+    assert short["context_parallel"] / short["attention"] > 2 * long["context_parallel"] / long["attention"]
+
+
 def test_kinds_take_time_in_the_order_of_their_traffic_across_nodes() -> None:
     # 32 ranks on four nodes: the exchange of all heads crosses InfiniBand, two levels keep it inside a node.
     flat, two = priced("a2a", cp=32, gpus=32), priced("a2a+p2p", cp=32, inner=8, gpus=32)

@@ -7,6 +7,8 @@ import pytest
 pytest.importorskip("torch")
 
 from simllm.models.context import CpCommType
+from simllm.models.graph import Implementation
+from simllm.parallel.communication import block_collectives
 from simllm.parallel.plan import Plan
 from simllm.validation.execution.context import ContextCase, predict_context
 from simllm.validation.execution.pool import Pool
@@ -55,3 +57,48 @@ def test_counts_by_hand() -> None:
     # Two products of 2 x 16 FLOPs for a pair, 16 x 64 pairs, 8 heads, two sequences; a ring leaves out three eighths.
     assert gathered.flops["forward"] == traded.flops["forward"] == 2 * 2 * 16 * 16 * 64 * 8 * 2
     assert ring.flops["forward"] == gathered.flops["forward"] * 5 / 8
+
+
+@pytest.mark.parametrize("method", ["ALL_GATHER", "ALL_TO_ALL"])
+def test_pytorchs_own_context_parallelism_sends_what_its_stacks_say(method: str) -> None:
+    """The collectives of `torch.distributed.tensor.experimental.context_parallel`, whose kernels a CPU lacks."""
+    import torch
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from simllm.validation.execution.recorder import CommunicationLog
+
+    own = pytest.importorskip("torch.distributed.tensor.experimental._context_parallel._attention")
+    for name in ("_templated_ring_attention", "_templated_ring_attention_backward", "_cp_options", "_RotateMethod"):
+        if not hasattr(own, name):
+            pytest.skip(f"this PyTorch has no {name}")
+    q, k, v = (torch.zeros(2, heads, 16, 16, dtype=torch.bfloat16) for heads in (8, 4, 4))
+
+    def attend(query: torch.Tensor, *_: torch.Tensor, **__: object) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros_like(query), torch.zeros(query.shape[:-1])
+
+    def gradients(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: object) -> tuple[torch.Tensor, ...]:
+        return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+
+    before = own._cp_options.rotate_method
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=RANKS)
+    try:
+        own._cp_options.rotate_method = own._RotateMethod[method]
+        logs = {"forward": CommunicationLog(), "backward": CommunicationLog()}
+        with logs["forward"]:
+            out, lse = own._templated_ring_attention(dist.group.WORLD, 2, attend, q, k, v, is_causal=True)
+        with logs["backward"]:
+            rest = (torch.zeros_like(q), "grad_out", q, k, v, out.to(q.dtype), lse, True)
+            own._templated_ring_attention_backward(dist.group.WORLD, 2, gradients, *rest)
+    finally:
+        own._cp_options.rotate_method = before
+        dist.destroy_process_group()
+    one = case("all_gather" if method == "ALL_GATHER" else "p2p")
+    eager = Implementation(activation_bytes=2, context_steps="eager")
+    counted = block_collectives(one.graph, one.layout, eager)
+    for phase, log in logs.items():
+        # PyTorch turns a buffer round by an all-to-all that sends to one rank only.
+        hops = [c.size_bytes for c in counted if (c.op, c.phase) == ("send_recv", phase) for _ in range(c.count)]
+        assert sorted(c.size_bytes for c in log.calls if c.op == "all_to_all") == sorted(hops)
+        gathered = sum(c.size_bytes for c in counted if (c.op, c.phase) == ("all_gather", phase))
+        assert sum(c.size_bytes for c in log.calls if c.op == "all_gather") == gathered

@@ -28,7 +28,7 @@ from simllm.parallel.communication import block_collectives
 from simllm.parallel.plan import Plan
 from simllm.validation.execution.recorder import CommunicationLog, FlopLog, saved_bytes_of
 
-__all__ = ["ContextCase", "ContextRecord", "execute_context", "predict_context"]
+__all__ = ["ContextCase", "ContextRecord", "context_attention", "predict_context", "token_places", "traffic"]
 
 Group = Any
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -62,6 +62,10 @@ class ContextCase:
     def layout(self) -> Layout:
         """Of one rank."""
         return self.plan.layout(self.seq_len)
+
+    def execute(self) -> ContextRecord:
+        """Run it on this rank; the default process group must exist."""
+        return _execute(self)
 
     @property
     def graph(self) -> Graph:
@@ -142,7 +146,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, at_q: Tensor, at_k: Tensor) -> tupl
     """The output and the log-sum-exp of one part."""
     scores = _scores(q, k, at_q, at_k)
     lse = scores.logsumexp(-1, keepdim=True)
-    return (scores - lse).exp() @ _per_query(v, q), lse
+    # Like a fused kernel's, the output lies token by token: what follows needs no copy of it.
+    out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+    return out.copy_((scores - lse).exp() @ _per_query(v, q)), lse
 
 
 def _gradients(
@@ -157,7 +163,7 @@ def _gradients(
     return d_scores @ _per_query(k, q), d_k, d_v
 
 
-def _places(seq_len: int, ranks: int) -> list[Tensor]:
+def token_places(seq_len: int, ranks: int) -> list[Tensor]:
     """For every rank the positions of its tokens: one early and one late piece."""
     pieces = torch.arange(seq_len).chunk(2 * ranks)
     return [torch.cat((pieces[r], pieces[2 * ranks - 1 - r])) for r in range(ranks)]
@@ -328,7 +334,7 @@ class _Traded(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, at: Tensor, group: Group) -> Tensor:
         q, k, v = (_trade(x, group, True) for x in (q, k, v))
         by_heads, lse = _attend(q, k, v, at, at)
-        out = _trade(by_heads, group, False)
+        out = _trade(by_heads, group, False).transpose(1, 2).contiguous().transpose(1, 2)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.at, ctx.group = at, group
         return out
@@ -356,17 +362,25 @@ def _by_autograd(at: Tensor, group: Group, core: Run | None = None) -> Run:
     return run
 
 
-def _attention(case: ContextCase) -> Run:
-    """The attention of this rank; every rank must call this."""
-    plan, world = case.plan, dist.group.WORLD
-    places = _places(case.seq_len, plan.cp)
+def context_attention(plan: Plan, seq_len: int, output: str) -> Run:
+    """The causal attention of this rank, on (batch, heads, tokens, head size); every rank must call this.
+
+    Parameters
+    ----------
+    plan : Plan
+    seq_len : int
+        Of the whole sequence.
+    output : {"again", "kept"}
+        See `ContextCase`.
+    """
+    world, places = dist.group.WORLD, token_places(seq_len, plan.cp)
     if plan.cp_comm_type == "p2p":
         return lambda q, k, v: _Ring.apply(q, k, v, places, world)
     if plan.cp_comm_type == "all_gather":
         return lambda q, k, v: _Gathered.apply(q, k, v, places, world)
     if plan.cp_comm_type == "a2a":
         every = torch.cat(places)
-        if case.output == "again":
+        if output == "again":
             return lambda q, k, v: _Traded.apply(q, k, v, every, world)
         return _by_autograd(every, world)
     near, far = _levels(plan.cp, plan.cp_a2a)
@@ -398,35 +412,42 @@ def _levels(cp: int, inner: int) -> tuple[Group, Group]:
 # -- execution -----------------------------------------------------------------------------------------------------
 
 
-def execute_context(case: ContextCase) -> ContextRecord:
-    """Run a case on this rank; the default process group must exist."""
+def _execute(case: ContextCase) -> ContextRecord:
     generator = torch.Generator().manual_seed(0)
     batch = case.plan.micro_batch_size
     shapes = [(batch, heads, case.seq_len, case.head_dim) for heads in (case.heads, case.kv_heads, case.kv_heads)]
     whole = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
     weight, d_out = (torch.randn(shapes[0], generator=generator) for _ in range(2))
     (_Whole.apply(*whole, torch.arange(case.seq_len)) * weight).backward(d_out)
-    at = _places(case.seq_len, case.plan.cp)[dist.get_rank()]
+    at = token_places(case.seq_len, case.plan.cp)[dist.get_rank()]
     own = [t.detach()[:, :, at].clone().requires_grad_() for t in whole]
     # What comes after attention keeps its result.
-    own_weight, run = weight[:, :, at].contiguous().requires_grad_(), _attention(case)
+    own_weight = weight[:, :, at].contiguous().requires_grad_()
+    run = context_attention(case.plan, case.seq_len, case.output)
     saved = saved_bytes_of(lambda: run(*own) * own_weight, [own_weight])
     logs = {phase: (CommunicationLog(), FlopLog()) for phase in ("forward", "backward")}
     with logs["forward"][0], logs["forward"][1]:
         out = run(*own) * own_weight
     with logs["backward"][0], logs["backward"][1]:
         out.backward(d_out[:, :, at].contiguous())
-    sent: Counter[tuple[str, str]] = Counter()
+    sent: dict[tuple[str, str], int] = {}
     for phase, (calls, _) in logs.items():
-        for call in calls.calls:
-            if call.op != "recv":
-                sent[call.op, phase] += call.size_bytes
+        sent |= traffic(calls, phase)
     wanted = [t.grad[:, :, at] for t in whole if t.grad is not None]
     errors = [_error(t.grad, target) for t, target in zip(own, wanted, strict=True)]
     with torch.no_grad():
         errors.append(_error(out, (_Whole.apply(*whole, torch.arange(case.seq_len)) * weight)[:, :, at]))
     flops = {phase: log.flops for phase, (_, log) in logs.items()}
-    return ContextRecord(sent=dict(sent), flops=flops, saved=saved, error=max(errors))
+    return ContextRecord(sent=sent, flops=flops, saved=saved, error=max(errors))
+
+
+def traffic(log: CommunicationLog, phase: str) -> dict[tuple[str, str], int]:
+    """(operation, phase) -> bytes; what one rank sends another one receives, and is counted once."""
+    sent: Counter[tuple[str, str]] = Counter()
+    for call in log.calls:
+        if call.op != "recv":
+            sent[call.op, phase] += call.size_bytes
+    return dict(sent)
 
 
 def _error(found: Tensor | None, wanted: Tensor) -> float:

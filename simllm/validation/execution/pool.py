@@ -18,12 +18,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+from simllm.parallel.plan import Plan
 from simllm.validation.execution.case import Case
-
-if TYPE_CHECKING:
-    from simllm.validation.execution.context import ContextCase
 
 __all__ = ["ExecutionError", "Pool"]
 
@@ -34,9 +32,20 @@ class ExecutionError(ChildProcessError):
     """A rank failed, died or hung."""
 
 
+class OwnCase(Protocol):
+    """A case that knows how a rank executes it."""
+
+    @property
+    def plan(self) -> Plan:
+        """Whose GPUs are the ranks."""
+
+    def execute(self) -> Any:
+        """The record of this rank; the default process group exists."""
+
+
 @dataclass(frozen=True)
 class _Job:
-    case: Case | ContextCase
+    case: Case | OwnCase
     rank: int
     world: int
     rendezvous: str
@@ -73,7 +82,6 @@ def _run(job: _Job) -> Any:
     import torch
     import torch.distributed as dist
 
-    from simllm.validation.execution.context import ContextCase, execute_context
     from simllm.validation.execution.execute import execute
 
     device = "cuda" if job.backend == "nccl" else "cpu"
@@ -84,7 +92,7 @@ def _run(job: _Job) -> Any:
         job.backend, store=store, rank=job.rank, world_size=job.world, timeout=timedelta(seconds=job.timeout_s)
     )
     try:
-        return execute_context(job.case) if isinstance(job.case, ContextCase) else execute(job.case, device)
+        return execute(job.case, device) if isinstance(job.case, Case) else job.case.execute()
     finally:
         with contextlib.suppress(Exception):
             dist.destroy_process_group()
@@ -123,7 +131,7 @@ class Pool:
         """Process ids of the ranks."""
         return [process.pid for process in self._processes]
 
-    def run(self, case: Case | ContextCase) -> list[Any]:
+    def run(self, case: Case | OwnCase) -> list[Any]:
         """Execute a case on its ranks; the records, by rank.
 
         Raises

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 
 pytest.importorskip("torch")
 
+from simllm.models import Model
 from simllm.models.context import CpCommType
 from simllm.models.graph import Implementation
 from simllm.parallel.communication import block_collectives
 from simllm.parallel.plan import Plan
 from simllm.validation.execution.context import ContextCase, predict_context
+from simllm.validation.execution.context_model import ContextModelCase, predict_context_model
 from simllm.validation.execution.pool import Pool
+from simllm.validation.execution.sizes import shrink
 
 RANKS = 4
 
@@ -59,12 +65,60 @@ def test_counts_by_hand() -> None:
     assert ring.flops["forward"] == gathered.flops["forward"] * 5 / 8
 
 
+def model_case(name: str, kind: CpCommType, cp: int = RANKS, output: str = "again") -> ContextModelCase:
+    inner = 2 if kind == "a2a+p2p" else 0
+    plan = Plan(cp=cp, cp_comm_type=kind, cp_a2a=inner, micro_batch_size=2, global_batch_size=2)
+    spec = shrink(Model.load(name).spec, layers=2)
+    return ContextModelCase(spec=spec, plan=plan, seq_len=64, output=output)  # type: ignore[arg-type]
+
+
+MODELS = {
+    "ring": model_case("llama-2-7b", "p2p"),
+    "ring of two, one key-value head, parallel block": model_case("falcon-7b", "p2p", cp=2),
+    "gathered": model_case("llama-2-7b", "all_gather"),
+    "heads": model_case("llama-2-7b", "a2a"),
+    "heads by autograd, repeated": model_case("llama-3-70b", "a2a", output="kept"),
+    "two levels": model_case("llama-3-70b", "a2a+p2p", output="kept"),
+}
+
+
+@contextmanager
+def one_of(ranks: int, rank: int = 0) -> Iterator[None]:
+    """This process as one rank of a group whose collectives return at once."""
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_layers_of_a_model_send_compute_and_keep_what_is_counted(name: str) -> None:
+    one = MODELS[name]
+    counted = predict_context_model(one)
+    with one_of(one.plan.cp):
+        record = one.execute()
+    assert record.sent == counted.sent
+    assert record.flops == counted.flops
+    assert record.saved == counted.saved
+
+
+@pytest.mark.parametrize("name", ["ring", "heads"])
+def test_models_have_the_gradients_of_one_process(pool: Pool, name: str) -> None:
+    for record in pool.run(MODELS[name]):
+        assert record.error < 1e-4
+
+
 @pytest.mark.parametrize("method", ["ALL_GATHER", "ALL_TO_ALL"])
-def test_pytorchs_own_context_parallelism_sends_what_its_stacks_say(method: str) -> None:
+def test_pytorchs_own_context_parallelism_sends_what_its_stacks_say(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The collectives of `torch.distributed.tensor.experimental.context_parallel`, whose kernels a CPU lacks."""
     import torch
     import torch.distributed as dist
-    from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from simllm.validation.execution.recorder import CommunicationLog
 
@@ -80,19 +134,14 @@ def test_pytorchs_own_context_parallelism_sends_what_its_stacks_say(method: str)
     def gradients(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: object) -> tuple[torch.Tensor, ...]:
         return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
 
-    before = own._cp_options.rotate_method
-    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=RANKS)
-    try:
-        own._cp_options.rotate_method = own._RotateMethod[method]
-        logs = {"forward": CommunicationLog(), "backward": CommunicationLog()}
+    monkeypatch.setattr(own._cp_options, "rotate_method", own._RotateMethod[method])
+    logs = {"forward": CommunicationLog(), "backward": CommunicationLog()}
+    with one_of(RANKS, rank=1):
         with logs["forward"]:
             out, lse = own._templated_ring_attention(dist.group.WORLD, 2, attend, q, k, v, is_causal=True)
         with logs["backward"]:
             rest = (torch.zeros_like(q), "grad_out", q, k, v, out.to(q.dtype), lse, True)
             own._templated_ring_attention_backward(dist.group.WORLD, 2, gradients, *rest)
-    finally:
-        own._cp_options.rotate_method = before
-        dist.destroy_process_group()
     one = case("all_gather" if method == "ALL_GATHER" else "p2p")
     eager = Implementation(activation_bytes=2, context_steps="eager")
     counted = block_collectives(one.graph, one.layout, eager)

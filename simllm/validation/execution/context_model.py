@@ -124,13 +124,18 @@ def _rotary_tables(width: int, at: Tensor) -> dict[tuple[Any, ...], Tensor]:
     return {("cos", *kind): angles.cos(), ("sin", *kind): angles.sin()}
 
 
+def _head_dim(module: nn.Module) -> int:
+    assert isinstance(module, Attention)
+    return module.spec.head_dim
+
+
 def _split_tokens(model: Transformer, case: ContextModelCase, at: Tensor) -> None:
     """Make a model work on this rank's tokens, in place."""
     run = context_attention(case.plan, case.seq_len, case.output)
     for module in model.modules():
         if isinstance(module, Attention | LatentAttention):
-            latent = isinstance(module, LatentAttention)
-            width = module.latent.qk_rope_head_dim if latent else module.spec.head_dim  # type: ignore[union-attr]
+            latent = module.latent if isinstance(module, LatentAttention) else None
+            width = latent.qk_rope_head_dim if latent is not None else _head_dim(module)
             module.tables.made.update(_rotary_tables(width, at))
             module.core = _Core(run)  # type: ignore[assignment]
 

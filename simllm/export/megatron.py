@@ -51,6 +51,11 @@ def write(job: Job) -> Exported:
         refuse(_NAME, f"cp={plan.cp} with seq_len={training.seq_len}", "it needs a multiple of 2 x cp")
     if plan.cp_heads > 1:
         _check_exchanged_heads(job)
+    if plan.cp > 1 and "p2p" in plan.cp_comm_type:
+        for attention in job.model.spec.attentions:
+            if attention.sliding_window is not None and attention.sliding_window < training.seq_len:
+                what = f"cp_comm_type={plan.cp_comm_type} with a window of {attention.sliding_window} tokens"
+                refuse(_NAME, what, "TransformerEngine's ring has no windows; use all_gather or a2a")
     if plan.precision not in _PRECISIONS:
         refuse(_NAME, f"precision={plan.precision}", f"it has {', '.join(_PRECISIONS)}")
     model = model_arguments(job.model, job.config)

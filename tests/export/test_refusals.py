@@ -24,6 +24,12 @@ NO_SP = {"tp": 2, "dp": 4}
         ("deepspeed", {"cp": 2, "dp": 2, "cp_comm_type": "a2a", **NO_SP}, {}, ["cp=2 with tp=2", "AutoTP"]),
         ("torchtitan", {"cp": 2, "dp": 4, "zero": "3", "cp_comm_type": "a2a"}, {}, ["a2a", "all_gather and p2p"]),
         ("accelerate", {"cp": 2, "dp": 4, "zero": "3", "cp_comm_type": "a2a"}, {}, ["a2a", "all_gather and p2p"]),
+        (
+            "megatron",
+            {"cp": 2, "dp": 4, "name": "mistral-7b"},
+            {"seq_len": 8192},
+            ["window of 4096", "all_gather or a2a"],
+        ),
         ("megatron", {"cp": 16, "dp": 1, "cp_comm_type": "a2a"}, {}, ["16 ranks with 8 key-value heads", "a2a+p2p"]),
         ("deepspeed", {"tp": 2, "dp": 4, "sequence_parallel": True}, {}, ["sequence_parallel", "AutoTP"]),
         ("deepspeed", {"zero": "3", **NO_SP}, {}, ["tp=2", "zero=3"]),

@@ -7,7 +7,7 @@ from dataclasses import replace
 from math import prod
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simllm.errors import InputError
@@ -203,6 +203,7 @@ def _fits(model: Model, where: Layout) -> bool:
     return True
 
 
+@settings(deadline=None)
 @given(cases())
 def test_all_kinds_compute_the_same(case: tuple[Graph, Layout, list[Layout]]) -> None:
     layer, whole, kinds = case
@@ -215,6 +216,7 @@ def test_all_kinds_compute_the_same(case: tuple[Graph, Layout, list[Layout]]) ->
                 assert own * where.cp == pytest.approx(alone, rel=1e-9, abs=where.cp * 2), (where, impl)
 
 
+@settings(deadline=None)
 @given(cases())
 def test_all_kinds_keep_the_same_for_the_backward_pass(case: tuple[Graph, Layout, list[Layout]]) -> None:
     layer, _, kinds = case
@@ -234,6 +236,7 @@ def test_all_kinds_keep_the_same_for_the_backward_pass(case: tuple[Graph, Layout
         )
 
 
+@settings(deadline=None)
 @given(cases())
 def test_bytes_of_each_kind_follow_from_its_tensors(case: tuple[Graph, Layout, list[Layout]]) -> None:
     # Whatever the kind, a rank receives at most the keys and values of the whole sequence in a forward pass, or its own

@@ -59,6 +59,7 @@ def all_to_all(fabric: Fabric) -> tuple[Terms, ...]:
         hops=hops,
         loads=loads,
         slots=n,
+        overlapped=True,
         scaleup_bytes=inside,
         scaleout_bytes=outside,
     )

@@ -57,7 +57,7 @@ def nvls_tree(fabric: Fabric) -> tuple[Terms, ...]:
     switch, curve = fabric.up.switch, fabric.out.tree if fabric.out else None
     if switch is None or curve is None or fabric.domain.least < switch.minimum_group.value:
         return ()
-    load = _switch_load(fabric, switch)
+    load = _switch_load(fabric, switch.onward)
     blocks = fabric.domain.blocks
     return candidates(
         "nvls_tree",

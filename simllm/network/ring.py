@@ -13,7 +13,7 @@ A broadcast is one pipelined pass of all S bytes around the ring. Calls that fol
 overlap, so the hops inside a domain count once, whatever their number (NCCL's own model has one hwLat for them; 4 and
 8 A100 take the same 65 us for 4 MiB), while each of the N - 1 crossings shows. The root hands a short message to the
 ring in ``S / injection`` and starts the next call, so the time of a small broadcast does not grow with N either until
-its bytes take longer than the hops.
+its bytes take longer than the hops. Where the ring leaves the domain, the network is what hands short messages on.
 
 Large messages go in chunks of a fixed size (NCCL: an eighth of its 4 MiB buffer on each channel, src/enqueue.cc). Where
 a chunk is staged it arrives whole before it leaves for the next domain, so that a buffer up to the chunk c of all
@@ -57,6 +57,7 @@ def ring(fabric: Fabric, passes: int) -> tuple[Terms, ...]:
         hops=_hops(up, out, passes * (n - 1) - crossings, crossings),
         loads=_loads(fabric, up, out, inside + copied, wire),
         slots=n,
+        overlapped=True,
         scaleup_bytes=inside,
         scaleout_bytes=wire - inside,
     )
@@ -79,9 +80,10 @@ def broadcast(fabric: Fabric) -> tuple[Terms, ...]:
     )
     if out is not None and out.chunk_bytes:
         found = tuple(option for terms in found for option in _stored(terms, fabric, out))
-    if up.injection is None:
+    injection = (out.injection if out else None) or up.injection
+    if injection is None:
         return found
-    return tuple(option for terms in found for option in (eager(terms, up.injection.si, launches), terms))
+    return tuple(option for terms in found for option in (eager(terms, injection.si, launches), terms))
 
 
 def _stored(terms: Terms, fabric: Fabric, out: Curve) -> tuple[Terms, ...]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import sqrt
+from math import hypot, sqrt
 from typing import TYPE_CHECKING
 
 from simllm.hardware.links import PROTOCOLS, Curve, SwitchCurve
@@ -115,16 +115,23 @@ class Terms:
     bottleneck: str
     bottleneck_bandwidth: float
     most_bytes: float = float("inf")
+    hidden_s: float = 0.0
 
     def time_s(self, size_bytes: float) -> float:
         """Seconds for a buffer of ``size_bytes``; infinite beyond the reach of the protocol."""
         if size_bytes > self.most_bytes:
             return float("inf")
-        return self.latency_s + self.s_per_byte * size_bytes + self.s_per_sqrt_byte * sqrt(size_bytes)
+        fixed = self.latency_s - self.hidden_s + self.s_per_sqrt_byte * sqrt(size_bytes)
+        return fixed + hypot(self.hidden_s, self.s_per_byte * size_bytes)
 
     def times_s(self, sizes: NDArray[np.float64], roots: NDArray[np.float64]) -> NDArray[np.float64]:
         """Seconds for an array of sizes; ``roots`` are their square roots."""
-        times = self.latency_s + self.s_per_byte * sizes + self.s_per_sqrt_byte * roots
+        import numpy as np
+
+        moved = self.s_per_byte * sizes
+        if self.hidden_s:
+            np.hypot(self.hidden_s, moved, out=moved)
+        times = (self.latency_s - self.hidden_s) + moved + self.s_per_sqrt_byte * roots
         if self.most_bytes != float("inf"):
             times[sizes > self.most_bytes] = float("inf")
         return times
@@ -137,6 +144,7 @@ def candidates(
     hops: Sequence[Hops],
     loads: Sequence[Load],
     slots: float = 1,
+    overlapped: bool = False,
     scaleup_bytes: float,
     scaleout_bytes: float,
     protocol: str | None = None,
@@ -177,11 +185,13 @@ def candidates(
         if not all(curve.has(name) for curve in used) or (protocol and name != "Simple"):
             continue
         worst = max(loads, key=lambda load: load.s_per_byte(name))
+        stepping_s = sum(hop.latency_s(name) for hop in hops)
         found.append(
             Terms(
                 algorithm=algorithm,
                 protocol=protocol or name,
-                latency_s=sum(curve.launch_s(name) for curve in launches) + sum(hop.latency_s(name) for hop in hops),
+                latency_s=sum(curve.launch_s(name) for curve in launches) + stepping_s,
+                hidden_s=stepping_s if overlapped else 0.0,
                 s_per_byte=worst.s_per_byte(name),
                 s_per_sqrt_byte=sum(load.s_per_sqrt_byte(name) for load in loads),
                 scaleup_bytes=scaleup_bytes,
@@ -200,4 +210,4 @@ def eager(terms: Terms, injection: float, launches: Sequence[Curve]) -> Terms:
     Calls that follow each other then overlap their steps, which is what nccl-tests times.
     """
     launch_s = sum(curve.launch_s(terms.protocol) for curve in launches)
-    return replace(terms, latency_s=launch_s, s_per_byte=terms.s_per_byte + 1 / injection)
+    return replace(terms, latency_s=launch_s, hidden_s=0.0, s_per_byte=terms.s_per_byte + 1 / injection)

@@ -1,9 +1,9 @@
 """The price of one collective on one group of one cluster.
 
 Every algorithm that the cluster's library would consider is priced and the cheapest one taken, as the library's own
-selector means to do, and the choice is reported. Sizes are as nccl-tests prints them: the buffer of an all-reduce, broadcast or
-send/receive, the total of an all-gather or reduce-scatter, the send buffer of one rank of an all-to-all; so are
-``algbw`` (size over time) and ``busbw`` (nccl-tests, doc/PERFORMANCE.md).
+selector means to do, and the choice is reported. Sizes are as nccl-tests prints them: the buffer of an all-reduce,
+broadcast or send/receive, the total of an all-gather or reduce-scatter, the send buffer of one rank of an all-to-all;
+so are ``algbw`` (size over time) and ``busbw`` (nccl-tests, doc/PERFORMANCE.md).
 """
 
 from __future__ import annotations

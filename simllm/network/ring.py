@@ -6,7 +6,7 @@ JPDC 2009). The library runs one ring per channel and lets each channel leave th
 with g members sends the ring's bytes through g NICs at once (NCCL, src/graph/connect.cc).
 
     bytes per rank = f (n - 1) / n * S,    f = 2 for all-reduce, 1 for all-gather and reduce-scatter
-    steps = f (n - 1), of which f (N - 1) wait for another domain
+    steps = f (n - 1), of which f (N - 1) wait for another domain; they hide behind their bytes (`simllm.network.terms`)
 
 A GPU also copies part of a slot between the user's buffer and the ring's, which shows where few ranks make slots large.
 A broadcast is one pipelined pass of all S bytes around the ring. Calls that follow each other, as in nccl-tests,

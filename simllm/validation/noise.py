@@ -10,40 +10,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from simllm.validation.collectives import REGIMES, CollectiveResult
+from simllm.validation.collectives import REGIMES, CollectiveResult, Farthest
 from simllm.validation.scoring import Outcome, Score, score_by
 
-__all__ = ["Farthest", "farthest_off", "noise_floor"]
+__all__ = ["farthest_off", "noise_floor"]
 
 # By how much a smaller message must take longer than a larger one to stand out.
 _JITTER = 1.1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Farthest:
-    """A point far from its prediction.
-
-    Attributes
-    ----------
-    row : CollectiveResult
-    error : float
-        Predicted over measured less one.
-    seen : tuple of str
-        What the table shows against this point: a machine that is guessed at, other runs of the same configuration that
-        differ, a smaller message that took longer. Empty where only the model can be at fault.
-    """
-
-    row: CollectiveResult
-    error: float
-    seen: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data with stable keys, SI units."""
-        return {"id": self.row.id, "error": self.error, "seen": list(self.seen)}
 
 
 def noise_floor(rows: Sequence[CollectiveResult]) -> dict[str, Score]:

@@ -315,6 +315,8 @@ class Link(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         Of a scale-up link: the most GPUs of a domain through which one collective leaves it; None for all of them.
     posting : Posting or None
         Of a scale-up link: cost of driving several GPUs from one process.
+    tuner : bool
+        Of a scale-out link: whether a plugin of its provider chooses algorithms, not the library.
     """
 
     kind: Literal["link"]
@@ -338,6 +340,7 @@ class Link(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     shared: bool = False
     rails: Count | None = None
     posting: Posting | None = None
+    tuner: bool = False
     overlap: Extra | None = None
 
     def __post_init__(self) -> None:
@@ -348,6 +351,8 @@ class Link(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             raise ValueError(
                 "algorithms, rails, posting, shared, pair and host_limit belong to the scale-up link of a system"
             )
+        if self.scope == "scale-up" and self.tuner:
+            raise ValueError("tuner belongs to the scale-out link of a system")
         if {"nvls", "nvls_tree"} & set(self.algorithms) and self.switch is None:
             raise ValueError("nvls and nvls_tree need the figures of `switch`")
 

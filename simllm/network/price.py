@@ -273,7 +273,8 @@ def choices(operation: str, view: Fabric, algorithm: str | None = None) -> tuple
     if algorithm is not None:
         return known[algorithm](view)
     offered = [name for name in known if name in view.up.algorithms or name in ("pairwise", "p2p")]
-    return _selected(tuple(terms for name in offered for terms in known[name](view)))
+    options = tuple(terms for name in offered for terms in known[name](view))
+    return options if view.out is not None and view.out.tuner else _selected(options)
 
 
 def _selected(options: tuple[Terms, ...]) -> tuple[Terms, ...]:
@@ -283,7 +284,7 @@ def _selected(options: tuple[Terms, ...]) -> tuple[Terms, ...]:
     messages, from GPU to GPU in the protocols of short ones. Its table of bandwidths and latencies puts NVLSTree before
     the plain tree (364 against 353 GB/s a node of eight H100, half the latency) and before rings, whose steps grow with
     the number of GPUs; only from gigabytes on, over a few nodes, it would take a ring that is a twentieth faster
-    (NVIDIA/nccl v2.30 src/graph/tuning.cc).
+    (NVIDIA/nccl v2.30 src/graph/tuning.cc). Plugins of cloud providers tune for themselves: any algorithm may be theirs.
     """
     if not any(terms.algorithm == "nvls_tree" for terms in options):
         return options

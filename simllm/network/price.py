@@ -284,7 +284,7 @@ def _selected(options: tuple[Terms, ...]) -> tuple[Terms, ...]:
     messages, from GPU to GPU in the protocols of short ones. Its table of bandwidths and latencies puts NVLSTree before
     the plain tree (364 against 353 GB/s a node of eight H100, half the latency) and before rings, whose steps grow with
     the number of GPUs; only from gigabytes on, over a few nodes, it would take a ring that is a twentieth faster
-    (NVIDIA/nccl v2.30 src/graph/tuning.cc). Plugins of cloud providers tune for themselves: any algorithm may be theirs.
+    (NVIDIA/nccl v2.30 src/graph/tuning.cc). Plugins of cloud providers tune for themselves and may take any of them.
     """
     if not any(terms.algorithm == "nvls_tree" for terms in options):
         return options

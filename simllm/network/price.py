@@ -158,7 +158,7 @@ def price(
     >>> from simllm.hardware.cluster import load_cluster
     >>> cost = price("all_reduce", 2**30, load_cluster("dgx-h100", 64), Group(size=64))
     >>> cost.algorithm, cost.protocol, cost.bottleneck, round(cost.busbw / 1e9) in range(320, 390)
-    ('tree', 'Simple', 'infiniband', True)
+    ('nvls_tree', 'Simple', 'infiniband', True)
     """
     if not (isfinite(size_bytes) and size_bytes > 0):
         raise InputError(f"size={size_bytes} bytes; a collective moves at least one byte, give a size above zero")

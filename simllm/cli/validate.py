@@ -87,6 +87,15 @@ def collectives(
             help="Also fit the links again without each K-th part of the sweeps, and of the systems, and predict that.",
         ),
     ] = None,
+    worst: Annotated[
+        str | None,
+        typer.Option(
+            "--worst",
+            metavar="N",
+            help="Also list the N points farthest off with what the table shows against them, and how far runs of one "
+            "configuration differ.",
+        ),
+    ] = None,
     as_json: Json = False,
     output: Output = None,
     overwrite: Overwrite = False,
@@ -100,12 +109,14 @@ def collectives(
     Examples:
       simllm validate collectives tests/published/collectives.csv
       simllm validate collectives tests/published/collectives.csv --cross-validate 5
+      simllm validate collectives tests/published/collectives.csv --worst 20
     """
     from simllm.report.validation import collective_validation_report
     from simllm.validation.collectives import validate_collectives
 
     check_output(output, overwrite=overwrite)
     parts = None if folds is None else count(folds, "--cross-validate", maximum=1000)
+    shown = None if worst is None else count(worst, "--worst", maximum=100_000)
     with progress("collectives priced") as tick:
         report = validate_collectives(file, cluster, progress=tick)
     if parts is not None:
@@ -116,6 +127,10 @@ def collectives(
         with progress("parts fitted again") as tick:
             errors = cross_validate(measured_sweeps(read_rows(file), cluster).sweeps, parts, tick)
         report = replace(report, cross_validation=errors)
+    if shown is not None:
+        from simllm.validation.noise import farthest_off, noise_floor
+
+        report = replace(report, noise_floor=noise_floor(report.rows), farthest=tuple(farthest_off(report.rows, shown)))
     emit(report.to_dict, lambda: collective_validation_report(report), as_json, output)
 
 

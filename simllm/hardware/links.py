@@ -122,7 +122,8 @@ class Curve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     copy : Figure or None
         Slots that each GPU copies locally, for rings and all-to-all; None for none.
     injection : Figure or None
-        Of a broadcast: the rate at which the root hands short messages to the ring and goes on to the next call.
+        Of a broadcast: the rate at which the root hands short messages to the ring and goes on to the next call; of a
+        scale-out link: in a ring that crosses it, None for that of the link inside.
     chunk : Figure or None
         Of a broadcast: what all channels together hand over at a time, where it arrives whole before it goes on; None
         where the pipeline is finer than that.
@@ -199,14 +200,23 @@ class SwitchCurve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     ----------
     efficiency, launch, ramp : Figure
         As in `Curve`.
+    onward_efficiency : Figure or None
+        Of NVLink: part of the wire where the sums go on to other domains, as the same thread blocks then feed the NICs
+        too; None for `efficiency`.
     minimum_group : Figure
         Fewest members (GPUs of a domain; domains of a group) for which the library uses it.
     """
 
     efficiency: Part
+    onward_efficiency: Part | None = None
     launch: Seconds
     ramp: Seconds
     minimum_group: Count
+
+    @property
+    def onward(self) -> SwitchCurve:
+        """The same where the sums go on to other domains."""
+        return msgspec.structs.replace(self, efficiency=self.onward_efficiency or self.efficiency)
 
     def launch_s(self, protocol: str) -> float:
         """Cost of a call before its first step."""
@@ -305,6 +315,8 @@ class Link(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         Of a scale-up link: the most GPUs of a domain through which one collective leaves it; None for all of them.
     posting : Posting or None
         Of a scale-up link: cost of driving several GPUs from one process.
+    tuner : bool
+        Of a scale-out link: whether a plugin of its provider chooses algorithms, not the library.
     """
 
     kind: Literal["link"]
@@ -328,6 +340,7 @@ class Link(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     shared: bool = False
     rails: Count | None = None
     posting: Posting | None = None
+    tuner: bool = False
     overlap: Extra | None = None
 
     def __post_init__(self) -> None:
@@ -338,6 +351,8 @@ class Link(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             raise ValueError(
                 "algorithms, rails, posting, shared, pair and host_limit belong to the scale-up link of a system"
             )
+        if self.scope == "scale-up" and self.tuner:
+            raise ValueError("tuner belongs to the scale-out link of a system")
         if {"nvls", "nvls_tree"} & set(self.algorithms) and self.switch is None:
             raise ValueError("nvls and nvls_tree need the figures of `switch`")
 

@@ -5,7 +5,8 @@ through the GPU's share of the NICs while the members inside go over the scale-u
 decides; busbw then tends to N/(N - 1) times the NIC bandwidth of one GPU (Jeaugey, NVIDIA/nccl-tests issue 130). A
 tapered tier carries what leaves the subtree, which for an all-to-all is nearly everything.
 
-    latency = launch + peers * step inside or across: one message to post for each peer
+    latency = launch + peers * step inside or across: one message to post for each peer,
+    hidden behind the bytes of those before
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ def all_to_all(fabric: Fabric) -> tuple[Terms, ...]:
         hops=hops,
         loads=loads,
         slots=n,
+        overlapped=True,
         scaleup_bytes=inside,
         scaleout_bytes=outside,
     )

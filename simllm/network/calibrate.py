@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import log
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
@@ -38,8 +39,8 @@ Part = TypeVar("Part", bound=msgspec.Struct)
 FIT = "fit of simllm.network.calibrate"
 
 # Pull towards the class that this one is like, in units of the residuals: a figure off by a factor of e weighs as much
-# as one point that is off by a tenth.
-_PULL = 0.1
+# as one point that is off by a fifth.
+_PULL = 0.2
 
 # Sizes at which a library may change protocol are powers of two; those that are tried, in bytes.
 _SLOTS = tuple(float(2**power) for power in range(10, 25))
@@ -160,8 +161,13 @@ def calibrate(
         here = with_logs(link, logs)
         for path in slots:
             scale = to_si(1, figures[path].unit)
+            likely = max(near.get(path, figures[path].value) * scale, _SLOTS[0])
             trials = [_with_values(link, {path: slot / scale}) for slot in _SLOTS]
-            costs = [_soft(errors(_with_values(here, {path: slot / scale}))) for slot in _SLOTS]
+            # Where no measurement tells a protocol's reach, it ends where that of the class it is like does.
+            costs = [
+                _soft(np.append(errors(_with_values(here, {path: slot / scale})), _PULL * log(slot / likely)))
+                for slot in _SLOTS
+            ]
             link = trials[int(np.argmin(costs))]
             here = _with_values(here, {path: figures_of(link)[path].value})
         logs = fit(link, logs)

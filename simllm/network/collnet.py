@@ -7,6 +7,10 @@ where it can, else scattered and gathered over the scale-up links.
 
     bytes out of a domain = S,   steps = 1 across, whatever the size of the group
 
+A NIC gives about 20 of its 25 GB/s to such sums (HDR; Jeaugey, NVIDIA/nccl issue 320), and with a NIC for each GPU the
+links inside decide: 480 GB/s of bus bandwidth of DGX H100 nodes (NVIDIA GTC 2024, S62129), 450 at 16 GB (Azure ND H100
+v5), where trees over the same NICs reach 360 to 380.
+
 No class of the catalog offers it, because a cluster has it only with switches and a plugin for it; ask for it by name.
 """
 
@@ -38,7 +42,7 @@ def collnet(fabric: Fabric) -> tuple[Terms, ...]:
     hops, sent = [], 0.0
     if up is not None and fabric.domain.least >= up.minimum_group.value:
         sent = (members + 1) / members
-        inside = [Load(link=fabric.up.name, share=sent, bandwidth=fabric.up_bandwidth, curve=up)]
+        inside = [Load(link=fabric.up.name, share=sent, bandwidth=fabric.up_bandwidth, curve=up.onward)]
     elif members > 1:
         sent = 2 * (members - 1) / members
         inside = [Load(link=fabric.up.name, share=sent, bandwidth=fabric.up_bandwidth, curve=fabric.up_ring)]

@@ -83,7 +83,10 @@ def _rail(fabric: Fabric, steps: int, wire: float, bytes_per_gpu: float) -> tupl
 
 
 def in_series(algorithm: str, first: tuple[Terms, ...], second: tuple[Terms, ...]) -> tuple[Terms, ...]:
-    """Two levels that run one after the other, each in its own protocol: times add up, the longer one limits."""
+    """Two levels that run one after the other, each in its own protocol: times add up, the longer one limits.
+
+    What hides in one level cannot hide in the other, so nothing is taken to.
+    """
     if not first:
         return second
     summed = []

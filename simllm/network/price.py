@@ -1,9 +1,9 @@
 """The price of one collective on one group of one cluster.
 
-Every algorithm that the cluster's library offers is priced and the cheapest one taken, as the library's own selector
-means to do, and the choice is reported. Sizes are as nccl-tests prints them: the buffer of an all-reduce, broadcast or
-send/receive, the total of an all-gather or reduce-scatter, the send buffer of one rank of an all-to-all; so are
-``algbw`` (size over time) and ``busbw`` (nccl-tests, doc/PERFORMANCE.md).
+Every algorithm that the cluster's library would consider is priced and the cheapest one taken, as the library's own
+selector means to do, and the choice is reported. Sizes are as nccl-tests prints them: the buffer of an all-reduce,
+broadcast or send/receive, the total of an all-gather or reduce-scatter, the send buffer of one rank of an all-to-all;
+so are ``algbw`` (size over time) and ``busbw`` (nccl-tests, doc/PERFORMANCE.md).
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def price(
     >>> from simllm.hardware.cluster import load_cluster
     >>> cost = price("all_reduce", 2**30, load_cluster("dgx-h100", 64), Group(size=64))
     >>> cost.algorithm, cost.protocol, cost.bottleneck, round(cost.busbw / 1e9) in range(320, 390)
-    ('tree', 'Simple', 'infiniband', True)
+    ('nvls_tree', 'Simple', 'infiniband', True)
     """
     if not (isfinite(size_bytes) and size_bytes > 0):
         raise InputError(f"size={size_bytes} bytes; a collective moves at least one byte, give a size above zero")
@@ -181,11 +181,10 @@ def price(
             bytes_scaleup=0.0,
             bytes_scaleout=0.0,
         )
-    root = size_bytes**0.5
     time_s, best = float("inf"), options[0]
     for terms in options:
-        seconds = terms.latency_s + terms.s_per_byte * size_bytes + terms.s_per_sqrt_byte * root
-        if seconds < time_s and size_bytes <= terms.most_bytes:
+        seconds = terms.time_s(size_bytes)
+        if seconds < time_s:
             time_s, best = seconds, terms
     bandwidth_s = best.s_per_byte * size_bytes
     time_s = max(time_s, floor_s)
@@ -274,4 +273,23 @@ def choices(operation: str, view: Fabric, algorithm: str | None = None) -> tuple
     if algorithm is not None:
         return known[algorithm](view)
     offered = [name for name in known if name in view.up.algorithms or name in ("pairwise", "p2p")]
-    return tuple(terms for name in offered for terms in known[name](view))
+    options = tuple(terms for name in offered for terms in known[name](view))
+    return options if view.out is not None and view.out.tuner else _selected(options)
+
+
+def _selected(options: tuple[Terms, ...]) -> tuple[Terms, ...]:
+    """What is left of the algorithms on offer where the library's own rules rule some out, whatever they would cost.
+
+    Where the switches of the domains reduce, NCCL crosses between domains along trees: with NVLS inside for large
+    messages, from GPU to GPU in the protocols of short ones. Its table of bandwidths and latencies puts NVLSTree before
+    the plain tree (364 against 353 GB/s a node of eight H100, half the latency) and before rings, whose steps grow with
+    the number of GPUs; only from gigabytes on, over a few nodes, it would take a ring that is a twentieth faster
+    (NVIDIA/nccl v2.30 src/graph/tuning.cc). Plugins of cloud providers tune for themselves and may take any of them.
+    """
+    if not any(terms.algorithm == "nvls_tree" for terms in options):
+        return options
+    return tuple(
+        terms
+        for terms in options
+        if terms.algorithm == "nvls_tree" or (terms.algorithm == "tree" and terms.protocol != "Simple")
+    )

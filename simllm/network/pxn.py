@@ -52,6 +52,7 @@ def pxn(fabric: Fabric) -> tuple[Terms, ...]:
             ),
         ],
         slots=n,
+        overlapped=True,
         scaleup_bytes=inside,
         scaleout_bytes=outside,
     )

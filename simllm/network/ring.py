@@ -6,14 +6,14 @@ JPDC 2009). The library runs one ring per channel and lets each channel leave th
 with g members sends the ring's bytes through g NICs at once (NCCL, src/graph/connect.cc).
 
     bytes per rank = f (n - 1) / n * S,    f = 2 for all-reduce, 1 for all-gather and reduce-scatter
-    steps = f (n - 1), of which f (N - 1) wait for another domain
+    steps = f (n - 1), of which f (N - 1) wait for another domain; they hide behind their bytes (`simllm.network.terms`)
 
 A GPU also copies part of a slot between the user's buffer and the ring's, which shows where few ranks make slots large.
 A broadcast is one pipelined pass of all S bytes around the ring. Calls that follow each other, as in nccl-tests,
 overlap, so the hops inside a domain count once, whatever their number (NCCL's own model has one hwLat for them; 4 and
 8 A100 take the same 65 us for 4 MiB), while each of the N - 1 crossings shows. The root hands a short message to the
 ring in ``S / injection`` and starts the next call, so the time of a small broadcast does not grow with N either until
-its bytes take longer than the hops.
+its bytes take longer than the hops. Where the ring leaves the domain, the network is what hands short messages on.
 
 Large messages go in chunks of a fixed size (NCCL: an eighth of its 4 MiB buffer on each channel, src/enqueue.cc). Where
 a chunk is staged it arrives whole before it leaves for the next domain, so that a buffer up to the chunk c of all
@@ -57,6 +57,7 @@ def ring(fabric: Fabric, passes: int) -> tuple[Terms, ...]:
         hops=_hops(up, out, passes * (n - 1) - crossings, crossings),
         loads=_loads(fabric, up, out, inside + copied, wire),
         slots=n,
+        overlapped=True,
         scaleup_bytes=inside,
         scaleout_bytes=wire - inside,
     )
@@ -79,9 +80,10 @@ def broadcast(fabric: Fabric) -> tuple[Terms, ...]:
     )
     if out is not None and out.chunk_bytes:
         found = tuple(option for terms in found for option in _stored(terms, fabric, out))
-    if up.injection is None:
+    injection = (out.injection if out else None) or up.injection
+    if injection is None:
         return found
-    return tuple(option for terms in found for option in (eager(terms, up.injection.si, launches), terms))
+    return tuple(option for terms in found for option in (eager(terms, injection.si, launches), terms))
 
 
 def _stored(terms: Terms, fabric: Fabric, out: Curve) -> tuple[Terms, ...]:

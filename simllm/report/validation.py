@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from simllm.report.text import heading, paragraph, table
+from simllm.units import format_bytes
 from simllm.validation.collectives import CollectiveReport, CollectiveResult
 from simllm.validation.kernels import KernelResult
 from simllm.validation.run_constants import run_constants, shipped_values
@@ -169,7 +170,36 @@ def collective_validation_report(report: CollectiveReport) -> list[RenderableTyp
     for left_out, scores in report.cross_validation.items():
         if isinstance(scores, Mapping):
             parts += [Text(), _table(f"cross-validated by {left_out}", scores)]
-    return [*parts, *unsupported(report.rows)]
+    return [*parts, *_farthest(report), *unsupported(report.rows)]
+
+
+def _farthest(report: CollectiveReport) -> list[RenderableType]:
+    """The points farthest off, and what no prediction could get right."""
+    if not report.farthest:
+        return []
+    parts: list[RenderableType] = []
+    if report.noise_floor:
+        scores = {name: found.to_dict() for name, found in report.noise_floor.items()}
+        parts += [
+            Text(),
+            paragraph(
+                "Points that ask the same question as others, each predicted by the median of what those measured:"
+            ),
+            Text(),
+            _table("runs of one configuration", scores),
+        ]
+    rows = [
+        (
+            f"{point.row.system or point.row.gpu}, {point.row.collective} of {point.row.ranks}",
+            format_bytes(point.row.size_bytes or 0.0),
+            f"{point.error:+.0%}",
+            ", ".join(point.seen),
+        )
+        for point in report.farthest
+    ]
+    columns = ("farthest off", "size", "error", "what the table shows against it")
+    left = ("farthest off", "what the table shows against it")
+    return [*parts, Text(), table(columns, rows, left=left, wrap=left)]
 
 
 def _scores(what: str, summary: Mapping[str, Any], groups: Sequence[str]) -> list[RenderableType]:

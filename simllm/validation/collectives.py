@@ -18,7 +18,15 @@ from simllm.validation.collective_rows import NEEDED_COLUMNS, measurement, opera
 from simllm.validation.scoring import Outcome, Score, score, score_by
 from simllm.validation.table import Row
 
-__all__ = ["NEEDED_COLUMNS", "REGIMES", "CollectiveReport", "CollectiveResult", "regime", "validate_collectives"]
+__all__ = [
+    "NEEDED_COLUMNS",
+    "REGIMES",
+    "CollectiveReport",
+    "CollectiveResult",
+    "Farthest",
+    "regime",
+    "validate_collectives",
+]
 
 #: Regimes of message size that are scored apart: name, from and up to how many bytes.
 REGIMES: tuple[tuple[str, float, float], ...] = (
@@ -101,6 +109,29 @@ class CollectiveResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Farthest:
+    """A point far from its prediction.
+
+    Attributes
+    ----------
+    row : CollectiveResult
+    error : float
+        Predicted over measured less one.
+    seen : tuple of str
+        What the table shows against this point: a machine that is guessed at, other runs of the same configuration that
+        differ, a smaller message that took longer. Empty where only the model can be at fault.
+    """
+
+    row: CollectiveResult
+    error: float
+    seen: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data with stable keys, SI units."""
+        return {"id": self.row.id, "error": self.error, "seen": list(self.seen)}
+
+
+@dataclass(frozen=True, kw_only=True)
 class CollectiveReport:
     """Every row, and the errors over all of them.
 
@@ -109,10 +140,16 @@ class CollectiveReport:
     rows : tuple of CollectiveResult
     cross_validation : dict
         Errors on sweeps that the fit has not seen, by what was left out; empty if that was not asked for.
+    noise_floor : dict of str to Score
+        By regime: how far measurements of one configuration differ; empty if that was not asked for.
+    farthest : tuple of Farthest
+        The points farthest off, as many as were asked for.
     """
 
     rows: tuple[CollectiveResult, ...]
     cross_validation: dict[str, Any] = field(default_factory=dict)
+    noise_floor: dict[str, Score] = field(default_factory=dict)
+    farthest: tuple[Farthest, ...] = ()
 
     def errors_by(self, group: str) -> dict[str, Score]:
         """Errors by a property of the rows: ``regime``, ``machine``, ``system``, ``collective``, ``gpu``."""
@@ -138,8 +175,13 @@ class CollectiveReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data with stable keys, SI units."""
-        document = {"rows": [row.to_dict() for row in self.rows], "summary": self.summary}
-        return document | ({"cross_validation": self.cross_validation} if self.cross_validation else {})
+        document: dict[str, Any] = {"rows": [row.to_dict() for row in self.rows], "summary": self.summary}
+        if self.cross_validation:
+            document["cross_validation"] = self.cross_validation
+        if self.farthest:
+            document["noise_floor"] = {name: found.to_dict() for name, found in self.noise_floor.items()}
+            document["worst"] = [point.to_dict() for point in self.farthest]
+        return document
 
 
 def validate_collectives(

@@ -167,6 +167,9 @@ def place(
         fitted = fitted and (known.fit_up_to is None or ranks <= known.fit_up_to.value)
         if known.nics is not None:
             found = replace(found, nics_per_node=int(known.nics.value))
+        if known.library is not None and not library:
+            library = known.library
+            assumed.append(f"library={library}, inferred from the times of middle-sized messages")
         if not known.network_stated and nodes > 1:
             assumed.append(f"the network of {system} is not stated: that of {found.name}")
         if known.peer_access and known.staged_link and ranks > known.peer_access.value:

@@ -85,7 +85,8 @@ class Described(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """What a published name leaves out.
 
     `peer_access` is the most devices that reach each other directly, `staged_link` the link class of larger groups;
-    `one_process` says that one process drove all devices of a node, `algorithm` which all-reduce ran, `nics` how many
+    `one_process` says that one process drove all devices of a node, `algorithm` which all-reduce ran, `library` whose
+    version the times are like where a row states none, `nics` how many
     a node has, `network_stated` whether anything tells the network of its rows over several nodes, `device_stated`
     whether anything but the bandwidth reached tells the device, `fit_up_to` the largest group whose times tell about
     other machines with such links. What is not known, or holds for one host alone, can be priced, but nothing is
@@ -96,6 +97,7 @@ class Described(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     staged_link: str | None = None
     one_process: bool = False
     algorithm: str | None = None
+    library: str | None = None
     network_stated: bool = True
     device_stated: bool = True
     fit_up_to: Count | None = None

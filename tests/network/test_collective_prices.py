@@ -162,12 +162,23 @@ def test_choice_follows_size_and_scale() -> None:
     small, large = (price("all_reduce", size, h100, Group(size=8)) for size in (1024, 2**30))
     assert (small.algorithm, small.protocol) == ("ring", "LL")
     assert (large.algorithm, large.protocol) == ("nvls", "Simple")
-    small, large = (price("all_reduce", size, h100, Group(size=256)) for size in (1024, 2**30))
-    assert (small.algorithm, small.protocol) == ("tree", "LL")
-    # The two trees differ by their part inside the domains, which the NICs hide: either may be the cheaper one.
-    assert large.protocol == "Simple"
-    tree, switched = (price("all_reduce", 2**30, h100, Group(size=256), name) for name in ("tree", "nvls_tree"))
-    assert large in (tree, switched)
-    assert tree.time_s == pytest.approx(switched.time_s, rel=0.05)
-    assert price("all_reduce", 2**30, h100, Group(size=16)).algorithm == "nvls_tree"
+    # Across nodes of H100 trees only: NVLSTree for large messages, the plain tree for those in LL and LL128.
+    for gpus in (16, 256):
+        small, large = (price("all_reduce", size, h100, Group(size=gpus)) for size in (1024, 2**30))
+        assert (small.algorithm, small.protocol) == ("tree", "LL")
+        assert (large.algorithm, large.protocol) == ("nvls_tree", "Simple")
+        for size in 2.0 ** np.arange(2, 35):
+            cost = price("all_reduce", size, h100, Group(size=gpus))
+            assert (cost.algorithm == "nvls_tree") == (cost.protocol == "Simple")
+        # What the selection passes over can be asked for.
+        ring = price("all_reduce", 2**30, h100, Group(size=gpus), "ring")
+        assert (ring.algorithm, ring.protocol) == ("ring", "Simple")
+    # The switch reduces from five GPUs on, and only in all-reduces; one GPU of each node has no switch to share.
+    assert price("all_reduce", 2**30, h100, Group(size=4)).algorithm == "ring"
+    assert price("all_gather", 2**30, h100, Group(size=8)).algorithm == "ring"
+    assert price("all_gather", 2**30, h100, Group(size=256)).algorithm == "ring"
+    assert price("all_reduce", 2**30, h100, Group(size=32, stride=8)).algorithm in ("ring", "tree")
+    a100 = load_cluster("dgx-a100", 256)
+    assert price("all_reduce", 1024, a100, Group(size=256)).algorithm == "tree"
+    assert price("all_reduce", 2**30, a100, Group(size=8)).algorithm == "ring"
     assert price("all_reduce", 2**30, CLUSTERS["tpu-v5e-pod"], Group(size=512)).algorithm == "hierarchical"

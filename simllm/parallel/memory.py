@@ -216,11 +216,9 @@ def state_memory(
     }
 
 
-def heads_in_flight(schedule: str, pp: int, num_micro_batches: int) -> int:
+def heads_in_flight(schedule: str, num_micro_batches: int) -> int:
     """Micro-batches whose head keeps its tensors beside those at work: none, except where all forwards come first."""
-    m = num_micro_batches
-    forwards_first = schedule in ("gpipe", "looped-bfs") or (schedule == "interleaved" and m == pp)
-    return m - 1 if forwards_first else 0
+    return num_micro_batches - 1 if schedule in ("gpipe", "looped-bfs") else 0
 
 
 @lru_cache(maxsize=1 << 16)
@@ -330,7 +328,7 @@ def stage_memory(
     head = head_bytes(stage, lambda graph, _: saved_bytes(graph, layout, impl))
     fixed = state_memory(stage, plan, layout, states, optimizer, hsdp_shard)
     by_kind = {kind: fixed[kind] for kind in ("parameters", "gradients", "optimizer")} | {
-        "activations": held.size_bytes + head * heads_in_flight(plan.schedule, plan.pp, m),
+        "activations": held.size_bytes + head * heads_in_flight(plan.schedule, m),
         "working": working,
         "gathered": fixed["gathered"],
         "buffers": fixed["buffers"],

@@ -64,7 +64,7 @@ def _held(frame: Frame, structure: Structure, stage: Stage, ranks: tuple[int, ..
     schedule, pp, vpp = structure.schedule, structure.pp, structure.vpp
     numbers = [int(m) for m in counts.tolist()]
     most = [max(in_flight_chunks(schedule, pp, m, rank, vpp) for rank in ranks) / vpp for m in numbers]
-    heads = [float(heads_in_flight(schedule, pp, m)) for m in numbers]
+    heads = [float(heads_in_flight(schedule, m)) for m in numbers]
 
     def kept(graph: Graph, _: bool) -> Floats:
         return frame.blocks[id(graph)].kept_bytes

@@ -56,12 +56,17 @@ def test_zero_bubble_memory() -> None:
 
 
 def test_all_forwards_first_keeps_the_logits_of_all() -> None:
-    # One group of micro-batches: Megatron-LM runs every forward before the first backward.
-    few, many = ask("interleaved", 2, batch=4).stages[-1], ask("interleaved", 2, batch=8).stages[-1]
+    first, alternating = ask("gpipe").stages[-1], ask("1f1b").stages[-1]
     logits = 1024 * 50304 * load_stack("megatron-lm").costs.logits_saved.si
-    assert few.in_flight < many.in_flight * 2
-    per_micro_batch = many.by_kind["activations"] / many.in_flight
-    assert few.by_kind["activations"] - few.in_flight * per_micro_batch == pytest.approx(3 * logits, rel=0.1)
+    m = first.in_flight
+    per_micro_batch = alternating.by_kind["activations"] / alternating.in_flight
+    assert first.by_kind["activations"] - m * per_micro_batch == pytest.approx((m - 1) * logits, rel=0.1)
+
+
+def test_one_group_of_micro_batches_alternates_too() -> None:
+    """Megatron-Core and PyTorch: the last of 4 ranks runs 4 forwards of its first chunk, then one, and goes back."""
+    stages = ask("interleaved", 2, batch=4).stages
+    assert [stage.in_flight for stage in stages] == [4, 4, 3.5, 2.5]
 
 
 def test_torchtitan_keeps_every_second_product() -> None:

@@ -36,10 +36,10 @@ def words(action: Any) -> list[str]:
         ("DualPipeV", "dualpipe-v", 2),
     ],
 )
-@pytest.mark.parametrize(("pp", "m"), [(2, 4), (4, 8), (4, 16), (8, 24)])
+@pytest.mark.parametrize(("pp", "m"), [(2, 4), (4, 8), (4, 16), (8, 24), (4, 4)])
 def test_tables_equal_pytorchs(theirs: str, ours: str, vpp: int, pp: int, m: int) -> None:
-    if theirs == "Interleaved1F1B" and m == pp:
-        pytest.skip("Megatron-LM's rule for a single group of micro-batches is not PyTorch's")
+    if theirs in ("ZBVZeroBubble", "DualPipeV") and m < 2 * pp:
+        pytest.skip("a V needs twice as many micro-batches as ranks")
     expected = visualizer.get_schedule_ops(theirs, pp, m, vpp)
     table = schedule_actions(ours, pp, m, vpp)
 

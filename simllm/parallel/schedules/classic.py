@@ -43,9 +43,10 @@ def visiting_order(pp: int, m: int, vpp: int) -> list[tuple[int, int]]:
 
 
 def interleaved_warm_up(pp: int, m: int, vpp: int, rank: int) -> int:
-    """Forwards before the first backward of the interleaved schedule."""
-    if m == pp:
-        return m * vpp  # Megatron-LM runs all forwards first when there is one group only
+    """Forwards before the first backward of the interleaved schedule, in Megatron-Core's and PyTorch's order.
+
+    Megatron-LM until 2024 ran all forwards first where there is one group of micro-batches only.
+    """
     return min(m * vpp, 2 * (pp - rank - 1) + (vpp - 1) * pp)
 
 

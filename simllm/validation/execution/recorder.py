@@ -8,10 +8,12 @@ broadcast, the whole of an all-gather or reduce-scatter, the send buffer of an a
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -186,6 +188,12 @@ _COLLECTIVES: dict[str, tuple[str, Callable[[Any, Any], int]]] = {
     "broadcast": ("broadcast", lambda a, r: _bytes(a[0])),
 }
 _SILENT = frozenset({"wait_tensor", "_wrap_tensor_autograd", "barrier", "monitored_barrier_"})
+_TRANSFERS = frozenset({"c10d::send", "c10d::recv_", "c10d::recv_any_source_"})
+_PATIENCE_S = 1.0
+
+
+def _is_collective(func: Any) -> bool:
+    return func.namespace in ("c10d", "_c10d_functional", "_c10d_functional_autograd")
 
 
 def _ranks_of(args: Any, kwargs: Any) -> tuple[int, ...]:
@@ -214,7 +222,7 @@ class CommunicationLog(_LocalMode):
         self.calls: list[Call] = []
 
     def see(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        if func.namespace not in ("c10d", "_c10d_functional", "_c10d_functional_autograd"):
+        if not _is_collective(func):
             return
         name = func._schema.name.split("::")[1]
         if name in _SILENT:
@@ -266,6 +274,34 @@ class FlopLog(_LocalMode):
 # -- memory ----------------------------------------------------------------------------------------------------
 
 
+def _wait_and_let_go(result: Any) -> None:
+    """Wait for a collective, and until gloo's thread has let go of its tensors.
+
+    That thread drops them when it next runs, after the collective counts as done: on a busy machine milliseconds
+    later, and if the program has dropped them by then, they would still count as its memory.
+    """
+    for value in torch.utils._pytree.tree_leaves(result):
+        if isinstance(value, torch.ScriptObject):
+            dist.Work.unbox(value).wait()  # type: ignore[attr-defined]
+        elif isinstance(value, Tensor):
+            torch.ops._c10d_functional.wait_tensor(value)
+    end = time.monotonic() + _PATIENCE_S
+    while True:
+        time.sleep(5e-5)
+        if not _others_run() or time.monotonic() > end:
+            return
+
+
+def _others_run() -> bool:
+    """Whether any other thread of this process runs or wants to; False where the system does not say."""
+    own = str(threading.get_native_id())
+    for folder in Path("/proc/self/task").glob("*"):
+        with suppress(OSError):
+            if folder.name != own and (folder / "stat").read_text().rpartition(")")[2].split()[0] == "R":
+                return True
+    return False
+
+
 class MemoryLog(_LocalMode):
     """Live bytes of all storages, and what there is at the peak.
 
@@ -285,6 +321,14 @@ class MemoryLog(_LocalMode):
         """Count tensors under a kind."""
         for tensor in tensors:
             self._add(local_tensor(tensor).untyped_storage(), kind)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        # Transfers between two ranks wait for the other one, and have no thread of their own.
+        if result is not NotImplemented and _is_collective(func) and func._schema.name not in _TRANSFERS:
+            if dist.get_backend() == "gloo":
+                _wait_and_let_go(result)
+        return result
 
     def see(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         for value in torch.utils._pytree.tree_leaves(result):

@@ -10,7 +10,8 @@ from simllm.hardware.stack import load_stack
 from simllm.models import Model
 from simllm.models.graph import Implementation, Layout
 from simllm.models.spec import AttentionSpec, ModelSpec, MoESpec
-from simllm.parallel.plan import Plan, check_plan
+from simllm.parallel.plan import Plan, check_plan, split_layers
+from simllm.parallel.schedules import stage_of
 from simllm.parallel.states import StateBytes, state_bytes
 
 __all__ = ["STACK", "Case", "Groups", "group_ranks"]
@@ -19,7 +20,7 @@ __all__ = ["STACK", "Case", "Groups", "group_ranks"]
 STACK: Final = "torch-eager"
 
 _PRECISIONS = ("fp32", "bf16")
-_SCHEDULES = ("gpipe", "1f1b", "interleaved")
+_SCHEDULES = ("gpipe", "1f1b", "interleaved", "looped-bfs", "interleaved-zb", "zb-v", "dualpipe-v")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,15 +85,21 @@ class Case:
             raise UnsupportedError("bf16 is executed through FSDP2's mixed precision, which needs dp above 1")
         if any(stack.positions and stack.positions < self.seq_len for stack in stacks):
             raise InputError(f"seq_len={self.seq_len} is longer than the {spec.decoder.positions} learned positions")
+        splits = plan.pp > 1 and plan.pipeline.splits_backward
         refused = {
             f"{plan.num_micro_batches} micro-batches in {plan.pp} stages: PyTorch's 1F1B needs at least one for each": (
                 plan.schedule == "1f1b" and plan.num_micro_batches < plan.pp
             ),
-            f"interleaved with as many micro-batches as stages ({plan.pp}): Megatron-LM, whose order is predicted, "
-            "runs all forward passes first, PyTorch does not": plan.vpp > 1 and plan.num_micro_batches == plan.pp,
             f"schedule={plan.schedule}; executed are {', '.join(_SCHEDULES)}": (
                 plan.pp > 1 and plan.schedule not in _SCHEDULES
             ),
+            f"{plan.schedule} with DistributedDataParallel or FSDP2: their hooks wait for whole backward passes": (
+                splits and plan.dp > 1 and (plan.tp == 1 or plan.zero != "0")
+            ),
+            f"{plan.schedule} with recomputation: PyTorch runs it again for both halves of a backward pass": (
+                splits and plan.recompute.kind != "none"
+            ),
+            f"{plan.schedule} of a tied head with dp above 1": splits and plan.dp > 1 and self.spec.head.tied,
             "cp above 1: PyTorch has no context parallelism on this backend": plan.cp > 1,
             "etp above 1: experts are not split over tensor-parallel ranks": plan.etp > 1,
             "a pipeline of an encoder-decoder: PyTorch's stages pass on one tensor": plan.pp > 1 and bool(spec.encoder),
@@ -149,6 +156,19 @@ class Case:
     def states(self) -> StateBytes:
         """Bytes per parameter."""
         return state_bytes(load_stack(STACK), self.plan.precision)
+
+    def spans(self, pp_rank: int) -> list[tuple[int, int]]:
+        """First layer and the one after the last of each model chunk of a pipeline rank."""
+        plan = self.plan
+        split = split_layers(self.spec.num_hidden_layers, plan.pp * plan.vpp, plan.uneven_layers)
+        bounds = [sum(split[:i]) for i in range(len(split) + 1)]
+        stages = self.stages(pp_rank)
+        return [(bounds[i], bounds[i + 1]) for i in stages]
+
+    def stages(self, pp_rank: int) -> list[int]:
+        """The stage of the model that each chunk of a pipeline rank is."""
+        plan = self.plan
+        return [stage_of(plan.pipeline.placement, plan.pp, pp_rank, chunk) for chunk in range(plan.vpp)]
 
     @property
     def layout(self) -> Layout:

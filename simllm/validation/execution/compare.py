@@ -118,14 +118,14 @@ class _Table:
         return tuple(max(rows, key=lambda q: (not q.ok, abs(q.difference), -q.rank)) for rows in self.rows.values())
 
 
-def compare(case: Case, records: Iterable[Record], device: str = "cpu") -> Comparison:
+def compare(case: Case, records: Iterable[Record], backend: str = "gloo") -> Comparison:
     """Hold the records of ranks against their predictions.
 
     Parameters
     ----------
     case : Case
     records : iterable of Record
-    device : {"cpu", "cuda"}
+    backend : {"gloo", "nccl", "fake"}
 
     Returns
     -------
@@ -135,7 +135,7 @@ def compare(case: Case, records: Iterable[Record], device: str = "cpu") -> Compa
     terms: dict[Term, None] = {}
     times: Sequence[float] = ()
     for record in records:
-        prediction = predict(case, record.rank, device)
+        prediction = predict(case, record.rank, backend)
         _one_rank(table, case, prediction, record)
         terms |= dict.fromkeys(prediction.terms)
         times = record.step_s if len(record.step_s) > len(times) else times
@@ -210,6 +210,6 @@ def _order(actions: Sequence[Action]) -> str:
 def _in_flight(actions: Sequence[Action]) -> int:
     most = now = 0
     for action in actions:
-        now += 1 if action.kind == "F" else -1 if action.kind == "B" else 0
+        now += {"F": 1, "I": 0}.get(action.kind, -1)
         most = max(most, now)
     return most

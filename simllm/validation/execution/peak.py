@@ -8,25 +8,42 @@ tensors and the widest operator.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 from simllm.models.activations import kept_tensors
 from simllm.models.graph import Graph, Implementation, Layout, Operator, Tensor
 from simllm.models.operators import Attention, Combine, Loss, Norm, Projection, Residual, Rope
 
-__all__ = ["backward_peak", "loss_workspace"]
+__all__ = ["Step", "backward_peak", "backward_steps", "logits_bytes", "loss_workspace"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One operator of a backward pass; bytes.
+
+    Attributes
+    ----------
+    during, after : float
+        What is still kept and gradients of tensors, those of weights apart.
+    weights : tuple of float
+        Gradients of its weights.
+    """
+
+    operator: Operator
+    during: float
+    after: float
+    weights: tuple[float, ...]
 
 
 class _Walk:
-    def __init__(
-        self, graph: Graph, layout: Layout, impl: Implementation, gradient_bytes: int, keeps_gradients: bool
-    ) -> None:
-        self.graph, self.layout, self.impl = graph, layout, impl
-        self.gradient_bytes, self.keeps_gradients = gradient_bytes, keeps_gradients
+    def __init__(self, graph: Graph, layout: Layout, impl: Implementation, gradient_bytes: int) -> None:
+        self.graph, self.layout, self.impl, self.gradient_bytes = graph, layout, impl, gradient_bytes
         kept = kept_tensors(graph, impl)
         self.kept = {name: self._size(tensor) for name, (tensor, _) in kept.items()}
         self.users = {
             name: {op.name for op in graph.operators for t in op.saved(impl) if self._key(t) == name} for name in kept
         }
-        self.alive: dict[str, float] = {}
 
     @staticmethod
     def _key(tensor: Tensor) -> str:
@@ -45,12 +62,10 @@ class _Walk:
             split = self.layout.tokens(tensor, gathered=True) * self.layout.width(tensor.axes)
         return split * (self.impl.bytes_of(tensor) if tensor.dtype != "logits" else self.impl.activation_bytes)
 
-    def run(self) -> float:
-        """Most bytes at once of what the block kept and its gradients."""
+    def steps(self) -> Iterator[Step]:
+        """The operators backward: autograd frees what one kept after it."""
         stream = self._size(self.graph.output)
         left = sum(self.kept.values())
-        weights = 0.0
-        peak = left + stream
         waiting: dict[str, float] = {}
         for operator in reversed(self.graph.operators):
             if isinstance(operator, Residual | Loss):
@@ -64,11 +79,8 @@ class _Walk:
             )
             ins = {t.name: self._gradient(operator, t) for t in operator.inputs}
             own = self._weight_gradients(operator)
-            one = max(own, default=0.0)
             extra = self._extra(operator) + (max(ins.values(), default=0.0) if len(own) > 1 else 0.0)
-            peak = max(peak, left + stream + weights + sum(waiting.values()) + outs + sum(ins.values()) + one + extra)
-            if self.keeps_gradients:
-                weights += sum(own)
+            during = left + stream + sum(waiting.values()) + outs + sum(ins.values()) + extra
             for name, users in self.users.items():
                 if operator.name in users:
                     users.discard(operator.name)
@@ -77,7 +89,14 @@ class _Walk:
             for name, size in ins.items():
                 if name != self.graph.input.name and not self._is_stream(name):
                     waiting[name] = size
-        return peak
+            yield Step(
+                operator=operator, during=during, after=left + stream + sum(waiting.values()), weights=tuple(own)
+            )
+
+    @property
+    def start(self) -> float:
+        """Everything that was kept, and the gradient that comes in."""
+        return sum(self.kept.values()) + self._size(self.graph.output)
 
     def _is_branch(self, tensor: Tensor) -> bool:
         """A result that is added to the stream: its gradient is that of the stream."""
@@ -119,7 +138,17 @@ def backward_peak(
     keeps_gradients : bool
         Gradients of whole weights stay until the block is through (FSDP2); otherwise each is added to a buffer.
     """
-    return _Walk(graph, layout, impl, gradient_bytes, keeps_gradients).run()
+    walk = _Walk(graph, layout, impl, gradient_bytes)
+    peak, made = walk.start, 0.0
+    for step in walk.steps():
+        peak = max(peak, step.during + made + max(step.weights, default=0.0))
+        made += sum(step.weights) if keeps_gradients else 0.0
+    return peak
+
+
+def backward_steps(graph: Graph, layout: Layout, impl: Implementation, gradient_bytes: int) -> list[Step]:
+    """The backward pass of a block operator by operator; parameters as of `backward_peak`."""
+    return list(_Walk(graph, layout, impl, gradient_bytes).steps())
 
 
 def loss_workspace(head: Graph, layout: Layout, split: bool) -> float:
@@ -127,5 +156,10 @@ def loss_workspace(head: Graph, layout: Layout, split: bool) -> float:
 
     The gradient of the log-probabilities and that of the logits; one more where the vocabulary is split over ranks.
     """
+    return (3 if split else 2) * logits_bytes(head, layout)
+
+
+def logits_bytes(head: Graph, layout: Layout) -> float:
+    """Bytes of a micro-batch's logits in float32."""
     logits = next(t for op in head.operators for t in op.inputs if t.dtype == "logits")
-    return (3 if split else 2) * 4.0 * layout.elements(logits)
+    return 4.0 * layout.elements(logits)

@@ -282,7 +282,7 @@ def _wait_and_let_go(result: Any) -> None:
     """
     for value in torch.utils._pytree.tree_leaves(result):
         if isinstance(value, torch.ScriptObject):
-            dist.Work.unbox(value).wait()  # type: ignore[attr-defined]
+            dist.Work.unbox(value).wait()
         elif isinstance(value, Tensor):
             torch.ops._c10d_functional.wait_tensor(value)
     end = time.monotonic() + _PATIENCE_S
@@ -325,9 +325,9 @@ class MemoryLog(_LocalMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_dispatch__(func, types, args, kwargs)
         # Transfers between two ranks wait for the other one, and have no thread of their own.
-        if result is not NotImplemented and _is_collective(func) and func._schema.name not in _TRANSFERS:
-            if dist.get_backend() == "gloo":
-                _wait_and_let_go(result)
+        waits = result is not NotImplemented and _is_collective(func) and func._schema.name not in _TRANSFERS
+        if waits and dist.get_backend() == "gloo":
+            _wait_and_let_go(result)
         return result
 
     def see(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:

@@ -194,7 +194,8 @@ class Head(_Observed):
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         with self._watch(x, labels):
             logits = self.lm_head(self.norm(x)).float()
-            return F.cross_entropy(logits.flatten(0, 1), labels.flatten()).view(1)
+            loss: Tensor = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+            return loss  # no view of it: a pipeline could not cut it off from the graph of its forward pass
 
 
 class Transformer(nn.Module):

@@ -19,7 +19,6 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 from torch.nn.parallel import DistributedDataParallel
 
-from simllm.parallel.plan import split_layers
 from simllm.parallel.schedules import Action
 from simllm.validation.execution.case import Case
 from simllm.validation.execution.parallelize import (
@@ -42,6 +41,10 @@ SCHEDULE_CLASSES: dict[str, str] = {
     "gpipe": "ScheduleGPipe",
     "1f1b": "Schedule1F1B",
     "interleaved": "ScheduleInterleaved1F1B",
+    "looped-bfs": "ScheduleLoopedBFS",
+    "interleaved-zb": "ScheduleInterleavedZeroBubble",
+    "zb-v": "ScheduleZBVZeroBubble",
+    "dualpipe-v": "ScheduleDualPipeV",
 }
 
 
@@ -84,14 +87,6 @@ def batch_of(case: Case, device: str = "cpu") -> tuple[Tensor, Tensor]:
     return ids.to(device), labels.to(device)
 
 
-def chunks_of(case: Case, pp_rank: int) -> list[tuple[int, int]]:
-    """First layer and the one after the last of each model chunk of a pipeline rank."""
-    plan = case.plan
-    split = split_layers(case.spec.num_hidden_layers, plan.pp * plan.vpp, plan.uneven_layers)
-    bounds = [sum(split[:i]) for i in range(len(split) + 1)]
-    return [(bounds[i], bounds[i + 1]) for i in range(pp_rank, plan.pp * plan.vpp, plan.pp)]
-
-
 class Runner:
     """The rank's model parts, optimizer and step.
 
@@ -107,7 +102,7 @@ class Runner:
         self.meshes: Meshes = build_meshes(case, device)
         whole = self.meshes.whole
         self.pp_rank, self.dp_rank = whole["pp"].get_local_rank(), whole["dp"].get_local_rank()
-        self.spans = chunks_of(case, self.pp_rank)
+        self.spans = case.spans(self.pp_rank)
         self.tied = self._tied_group()
         self.saved = SavedLog()
         self.actions: list[Action] = []
@@ -126,6 +121,8 @@ class Runner:
             if states is not None:
                 part.load_state_dict({name: states[name] for name in part.state_dict()})
             tensor_parallel(part, case, self.meshes)
+            if part.head is not None and self.parts[0].stem is not None and case.spec.head.tied:
+                part.head.lm_head.weight = self.parts[0].stem.token.weight  # both ends of a V are on this rank
             add_recompute(part, case)
             shard_data_parallel(part, case, self.meshes)
             self._observe(part)
@@ -137,7 +134,7 @@ class Runner:
         if plan.dp > 1 and plan.zero in ("0", "1") and plan.tp == 1:
             modules = [self._replicate(part) for part in self.parts]
         self.modules = modules
-        parameters = [p for part in self.parts for p in part.parameters()]
+        parameters = _unique(p for part in self.parts for p in part.parameters())
         options: dict[str, Any] = {"lr": 1e-3, "foreach": False}
         self.optimizer: torch.optim.Optimizer
         if plan.zero == "1" and plan.dp > 1:
@@ -175,7 +172,7 @@ class Runner:
     def _tied_group(self) -> Any:
         """The first and the last stage share the gradients of a tied table; every rank makes every group."""
         plan = self.case.plan
-        if not self.case.spec.head.tied or plan.pp == 1:
+        if not self.case.spec.head.tied or plan.pp == 1 or plan.pipeline.placement == "v":
             return None
         stage = plan.tp * plan.dp
         mine = None
@@ -194,15 +191,20 @@ class Runner:
         number = plan.pp * plan.vpp
         stages = self.stages
         for chunk, module in enumerate(self.modules):
-            index = chunk * plan.pp + self.pp_rank
+            index = self.case.stages(self.pp_rank)[chunk]
             arguments = self._stage_arguments(index, number)
             stage = PipelineStage(module, index, number, torch.device(self.device), group=group, **arguments)
             self._log_actions(stage, chunk)
             stages.append(stage)
         schedule = getattr(schedules, SCHEDULE_CLASSES[plan.schedule])
         several = issubclass(schedule, schedules.PipelineScheduleMulti)
+        m = plan.num_micro_batches
+        # Scaled is the loss: gradients of a table that two stages of a rank share would be scaled twice.
         return schedule(
-            stages if several else stages[0], n_microbatches=plan.num_micro_batches, loss_fn=lambda loss, _: loss.sum()
+            stages if several else stages[0],
+            n_microbatches=m,
+            loss_fn=lambda loss, _: loss.sum() / m,
+            scale_grads=False,
         )
 
     def _stage_arguments(self, index: int, number: int) -> dict[str, Any]:
@@ -215,21 +217,30 @@ class Runner:
             ids = torch.empty(plan.micro_batch_size, case.seq_len, dtype=torch.int64)
             return {
                 "input_args": (ids if index == 0 else stream,),
-                "output_args": (torch.empty(1) if index == number - 1 else stream,),
+                "output_args": (torch.empty(()) if index == number - 1 else stream,),
             }
 
     def _log_actions(self, stage: Any, chunk: int) -> None:
-        forward, backward = stage.forward_one_chunk, stage.backward_one_chunk
+        forward, backward, weights = (
+            stage.forward_one_chunk,
+            stage.backward_one_chunk,
+            stage.backward_weight_one_chunk,
+        )
 
         def log_forward(micro_batch: int, *args: Any, **kwargs: Any) -> Any:
             self.actions.append(Action("F", chunk, micro_batch))
             return forward(micro_batch, *args, **kwargs)
 
         def log_backward(micro_batch: int, *args: Any, **kwargs: Any) -> Any:
-            self.actions.append(Action("B", chunk, micro_batch))
+            self.actions.append(Action("B" if kwargs.get("full_backward", True) else "I", chunk, micro_batch))
             return backward(micro_batch, *args, **kwargs)
 
+        def log_weights(micro_batch: int, *args: Any, **kwargs: Any) -> Any:
+            self.actions.append(Action("W", chunk, micro_batch))
+            return weights(micro_batch, *args, **kwargs)
+
         stage.forward_one_chunk, stage.backward_one_chunk = log_forward, log_backward
+        stage.backward_weight_one_chunk = log_weights
 
     # -- the step ----------------------------------------------------------------------------------------------
 
@@ -262,13 +273,14 @@ class Runner:
 
     def _run_pipeline(self) -> float | None:
         losses: list[Tensor] = []
-        first, last = self.pp_rank == 0, self.pp_rank == self.case.plan.pp - 1
+        first, last = (part is not None for part in (self.parts[0].stem, self.parts[-1].head))
         assert self.schedule is not None
         self.schedule.step(
             *((self.ids,) if first else ()),
+            return_outputs=False,
             **({"labels": self.labels, "target": self.labels, "losses": losses} if last else {}),
         )
-        return _number(torch.stack([loss.detach() for loss in losses]).mean()) if last else None
+        return _number(torch.stack([loss.detach() for loss in losses]).sum()) if last else None
 
     def _sum_tied(self) -> None:
         for part in self.parts:

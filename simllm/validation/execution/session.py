@@ -69,7 +69,7 @@ def execute_case(case: Case, backend: str = "gloo", timeout_s: float = 300.0) ->
 
     check_backend(backend, case.plan.num_gpus)
     with Pool(case.plan.num_gpus, backend, timeout_s) as pool:
-        return compare(case, pool.run(case), device_of(backend))
+        return compare(case, pool.run(case), backend)
 
 
 def device_of(backend: str) -> str:
@@ -110,7 +110,7 @@ def execute_under_torchrun(case: Case, backend: str = "gloo", timeout_s: float =
         dist.gather_object(record, records)
     finally:
         dist.destroy_process_group()
-    return None if records is None else compare(case, records, device)  # type: ignore[arg-type]
+    return None if records is None else compare(case, records, backend)  # type: ignore[arg-type]
 
 
 def execute_fake(case: Case) -> Comparison:
@@ -129,4 +129,4 @@ def execute_fake(case: Case) -> Comparison:
     # A process for each: PyTorch remembers the groups of a cluster for as long as a process lives.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(2, len(stages)), mp_context=context, max_tasks_per_child=1) as pool:
-        return compare(case, pool.map(execute_stage, [case] * len(stages), stages))
+        return compare(case, pool.map(execute_stage, [case] * len(stages), stages), "fake")

@@ -29,7 +29,7 @@ def execute(case: Case, device: str = "cpu") -> Record:
         reference = Transformer(case.spec)
     set_attention(reference, case)
     ids, labels = batch_of(case, device)
-    loss = reference(ids, labels).sum()
+    loss = reference(ids, labels)
     loss.backward()
     runner = Runner(case, device)
     runner.build({name: tensor.detach().clone() for name, tensor in reference.state_dict().items()})

@@ -8,14 +8,14 @@ tensors and the widest operator.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from simllm.models.activations import kept_tensors
 from simllm.models.graph import Graph, Implementation, Layout, Operator, Tensor
-from simllm.models.operators import Attention, Combine, Loss, Norm, Projection, Residual, Rope
+from simllm.models.operators import Activation, Attention, Combine, Loss, Norm, Projection, Residual, Rope
 
-__all__ = ["Step", "backward_peak", "backward_steps", "logits_bytes", "loss_workspace"]
+__all__ = ["Step", "backward_peak", "backward_steps", "input_gradient_peak", "logits_bytes", "loss_workspace"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,10 @@ class Step:
     ----------
     during, after : float
         What is still kept and gradients of tensors, those of weights apart.
+    moving : float
+        Of ``during`` the gradients and temporaries.
+    results : float
+        Gradients of its results.
     weights : tuple of float
         Gradients of its weights.
     """
@@ -33,6 +37,8 @@ class Step:
     operator: Operator
     during: float
     after: float
+    moving: float
+    results: float
     weights: tuple[float, ...]
 
 
@@ -80,7 +86,8 @@ class _Walk:
             ins = {t.name: self._gradient(operator, t) for t in operator.inputs}
             own = self._weight_gradients(operator)
             extra = self._extra(operator) + (max(ins.values(), default=0.0) if len(own) > 1 else 0.0)
-            during = left + stream + sum(waiting.values()) + outs + sum(ins.values()) + extra
+            moving = stream + sum(waiting.values()) + outs + sum(ins.values()) + extra
+            during = left + moving
             for name, users in self.users.items():
                 if operator.name in users:
                     users.discard(operator.name)
@@ -90,7 +97,12 @@ class _Walk:
                 if name != self.graph.input.name and not self._is_stream(name):
                     waiting[name] = size
             yield Step(
-                operator=operator, during=during, after=left + stream + sum(waiting.values()), weights=tuple(own)
+                operator=operator,
+                during=during,
+                after=left + stream + sum(waiting.values()),
+                moving=moving,
+                results=sum(self._gradient(operator, t) for t in operator.outputs),
+                weights=tuple(own),
             )
 
     @property
@@ -149,6 +161,37 @@ def backward_peak(
 def backward_steps(graph: Graph, layout: Layout, impl: Implementation, gradient_bytes: int) -> list[Step]:
     """The backward pass of a block operator by operator; parameters as of `backward_peak`."""
     return list(_Walk(graph, layout, impl, gradient_bytes).steps())
+
+
+def input_gradient_peak(
+    graphs: Iterable[Graph], layout: Layout, impl: Implementation, gradient_bytes: int
+) -> tuple[float, float]:
+    """Of the first half of a split backward pass, bytes beside what was kept: at the most, and at the end.
+
+    PyTorch frees nothing of the graph, and the gradients that reach operators with weights wait for the second half.
+
+    Parameters
+    ----------
+    graphs : iterable of Graph
+        Blocks in the order of the forward pass.
+    layout, impl, gradient_bytes
+        As of `backward_peak`.
+    """
+    peak = pending = 0.0
+    for graph in reversed(list(graphs)):
+        for step in backward_steps(graph, layout, impl, gradient_bytes):
+            peak = max(peak, pending + step.moving + _chain_gradients(step.operator, layout, impl))
+            pending += step.results if step.operator.weights else 0.0
+    return peak, pending
+
+
+def _chain_gradients(operator: Operator, layout: Layout, impl: Implementation) -> float:
+    """Gradients inside of a function that is a chain of operators: of each result between them, and a power's."""
+    if not isinstance(operator, Activation):
+        return 0.0
+    ends = {t.name for t in (*operator.inputs, *operator.outputs)}
+    between = [t for t in operator.saved(impl) if t.name not in ends]
+    return sum(float(layout.elements(t) * impl.bytes_of(t)) for t in (*between, *between[:1]))
 
 
 def loss_workspace(head: Graph, layout: Layout, split: bool) -> float:

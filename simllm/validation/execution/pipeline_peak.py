@@ -28,8 +28,10 @@ class Chunk:
         Most bytes at once while it goes backward, what was kept included.
     output, gradient : float
         What stays of a forward and of a backward pass because it was sent, or is to be.
+    splitting : float
+        Most bytes of gradients in the first half of a split backward pass; 0 where it does nothing.
     pending : float
-        Gradients that wait with the graph between the halves of a backward pass; 0 where the first half does nothing.
+        Gradients that wait with the graph for the second half.
     loosened : float
         What the first half frees: the tensors of operators behind the last one with weights.
     """
@@ -38,6 +40,7 @@ class Chunk:
     working: float
     output: float = 0.0
     gradient: float = 0.0
+    splitting: float = 0.0
     pending: float = 0.0
     loosened: float = 0.0
 
@@ -70,7 +73,7 @@ def pipeline_peak(actions: Sequence[Action], chunks: Sequence[Chunk], sent_stays
             peak = max(peak, held - chunk.kept + chunk.working)
             held -= chunk.kept + (0.0 if sent_stays else chunk.output)
         elif action.kind == "I":
-            peak = max(peak, held + chunk.pending)
+            peak = max(peak, held + chunk.splitting)
             held += chunk.pending - chunk.loosened
         else:
             peak = max(peak, held - chunk.kept + chunk.working if not chunk.pending else held)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 from simllm.models.activations import kept_tensors
-from simllm.models.graph import Graph
 from simllm.models.operators import Loss
 from simllm.parallel.schedules import in_flight_chunks
-from simllm.validation.execution.peak import backward_peak, loss_workspace
+from simllm.validation.execution.peak import backward_peak, input_gradient_peak, loss_workspace
 from simllm.validation.execution.pipeline_peak import Chunk, pipeline_peak
 from simllm.validation.execution.rank_view import RankView
 from simllm.validation.execution.sharded_pipeline import ShardedBlock, ShardedChunk, sharded_pipeline_peak
@@ -98,27 +97,25 @@ def _chunks(at: RankView, saved: Mapping[str, int]) -> list[Chunk]:
             kept += saved["head"]
             working = max(working, kept + loss_workspace(at.graph.head, at.layout, at.plan.tp > 1))
             graphs.append(at.graph.head)
+        splitting = pending = 0.0
+        if stage > 0:  # the first half of stage 0 does nothing: nobody asks for the gradient of token ids
+            splitting, pending = input_gradient_peak(graphs, at.layout, at.impl, _gradient_bytes(at))
+            # The gradient that comes in is in a buffer, and is that of the last operator unless that gathers it.
+            there = size * (stage < end)
+            splitting -= there
+            pending -= 0.0 if at.layout.sequence_parallel else there
         found.append(
             Chunk(
                 kept=kept,
                 working=working,
                 output=size * (stage < end and stage + 1 not in stages),
                 gradient=size * (stage > 0 and stage - 1 not in stages),
-                pending=0.0 if stage == 0 else sum(map(_pending_of(at), graphs)) - size * (stage < end),
+                splitting=splitting,
+                pending=pending,
                 loosened=_loss_keeps(at) if stage == end else 0.0,
             )
         )
     return found
-
-
-def _pending_of(at: RankView) -> Callable[[Graph], float]:
-    """Gradients of the outputs of operators with weights, which wait for the second half of a backward pass."""
-
-    def pending(graph: Graph) -> float:
-        outputs = [tensor for op in graph.operators if op.weights for tensor in op.outputs]
-        return sum(at.layout.elements(t) for t in outputs) * float(at.impl.activation_bytes)
-
-    return pending
 
 
 def _loss_keeps(at: RankView) -> float:

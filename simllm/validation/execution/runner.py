@@ -203,7 +203,7 @@ class Runner:
         return schedule(
             stages if several else stages[0],
             n_microbatches=m,
-            loss_fn=lambda loss, _: loss.sum() / m,
+            loss_fn=lambda loss, _: loss / m,
             scale_grads=False,
         )
 
@@ -266,8 +266,8 @@ class Runner:
             replicated = isinstance(module, DistributedDataParallel)
             with module.no_sync() if replicated and not last else nullcontext():  # type: ignore[operator]
                 loss = module(self.ids[rows], self.labels[rows]) / m
-                loss.sum().backward()
-            total = total + loss.detach().sum()
+                loss.backward()
+            total = total + loss.detach()
             del loss
         return _number(total)
 
@@ -302,9 +302,7 @@ class Runner:
         """One recorded step; an unrecorded one must have come before, so that all states exist."""
         self.actions.clear()
         memory, calls, flops = MemoryLog(), CommunicationLog(), FlopLog()
-        before = self.persistent_tensors()
-        for kind, tensors in before.items():
-            memory.track(tensors, kind)
+        self._track(memory)
         with ExitStack() as stack:
             for log in (memory, calls, *([flops] if count_flops else [])):
                 stack.enter_context(log)
@@ -322,6 +320,11 @@ class Runner:
             peak_bytes=memory.peak_bytes,
             actions=list(self.actions),
         )
+
+    def _track(self, memory: MemoryLog) -> None:
+        """Tell the log what is there before the step, and hold on to none of it: a step may replace it."""
+        for kind, tensors in self.persistent_tensors().items():
+            memory.track(tensors, kind)
 
     def persistent_tensors(self) -> dict[str, list[Tensor]]:
         """What stays from step to step, by kind; the optimizer's step counters apart."""

@@ -1,13 +1,16 @@
-"""Every strategy on every kind of model, as one table: ``python -m simllm.validation.execution.matrix FILE.csv``."""
+"""Every strategy on every kind of model, as one table: ``python -m simllm.validation.execution.matrix FILE.csv``.
+
+The command adds the rows that the file lacks, each when it is done.
+"""
 
 from __future__ import annotations
 
 import csv
-import io
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,7 +21,7 @@ from simllm.models.spec import ModelSpec
 from simllm.parallel.plan import Plan
 from simllm.validation.execution.sizes import shrink
 
-__all__ = ["MODELS", "STRATEGIES", "MatrixRow", "matrix_case", "run_matrix", "to_csv"]
+__all__ = ["MODELS", "STRATEGIES", "MatrixRow", "fill_table", "matrix_case", "run_matrix"]
 
 #: One model of the catalog for each kind of architecture.
 MODELS: Final[Mapping[str, str]] = {
@@ -181,26 +184,29 @@ def run_matrix(
     progress : callable, optional
         Told how many cases are done, of how many.
     """
+    wanted = list(product(models, strategies))
+    rows: list[MatrixRow] = []
+    for row in _rows(wanted, timeout_s):
+        rows.append(row)
+        if progress is not None:
+            progress(len(rows), len(wanted))
+    return rows
+
+
+def _rows(wanted: Sequence[tuple[str, str]], timeout_s: float) -> Iterator[MatrixRow]:
     from simllm.validation.execution.pool import ExecutionError, Pool
 
-    names, chosen = list(models), list(strategies)
-    rows: list[MatrixRow] = []
     pool = Pool(_RANKS, timeout_s=timeout_s)
     try:
-        for name in names:
-            spec = shrink(Model.load(name).spec)
-            for strategy in chosen:
-                try:
-                    rows.append(_run(pool, name, spec, strategy))
-                except ExecutionError as error:
-                    rows.append(MatrixRow(model=name, strategy=strategy, plan="", status="failed", reason=str(error)))
-                    pool.close()
-                    pool = Pool(_RANKS, timeout_s=timeout_s)
-                if progress is not None:
-                    progress(len(rows), len(names) * len(chosen))
+        for name, strategy in wanted:
+            try:
+                yield _run(pool, name, shrink(Model.load(name).spec), strategy)
+            except ExecutionError as error:
+                yield MatrixRow(model=name, strategy=strategy, plan="", status="failed", reason=str(error))
+                pool.close()
+                pool = Pool(_RANKS, timeout_s=timeout_s)
     finally:
         pool.close()
-    return rows
 
 
 def _run(pool: Any, name: str, spec: ModelSpec, strategy: str) -> MatrixRow:
@@ -229,18 +235,34 @@ def _run(pool: Any, name: str, spec: ModelSpec, strategy: str) -> MatrixRow:
     )
 
 
-def to_csv(rows: Iterable[MatrixRow]) -> str:
-    """The table as it is committed."""
-    text = io.StringIO()
-    writer: csv.DictWriter[str] | None = None
-    for row in rows:
-        record = row.to_dict()
-        if writer is None:
-            writer = csv.DictWriter(text, list(record), lineterminator="\n")
-            writer.writeheader()
-        writer.writerow(record)
-    return text.getvalue()
+def fill_table(path: Path, timeout_s: float = 300.0) -> None:
+    """Execute what a table lacks, row by row: a run that was interrupted goes on where it was.
+
+    Parameters
+    ----------
+    path : Path
+        CSV file; made where there is none.
+    timeout_s : float
+        Of each case.
+    """
+    import torch
+
+    there: set[tuple[str, str]] = set()
+    if path.exists():
+        with path.open(encoding="utf-8", newline="") as file:
+            there = {(record["model"], record["strategy"]) for record in csv.DictReader(file)}
+    wanted = [pair for pair in product(MODELS, STRATEGIES) if pair not in there]
+    source = f"executed by simllm: torch {torch.__version__.partition('+')[0]} CPU, gloo, {_RANKS} processes"
+    with path.open("a", encoding="utf-8", newline="") as file:
+        for row in _rows(wanted, timeout_s):
+            record = {**row.to_dict(), "source": source}
+            writer = csv.DictWriter(file, list(record), lineterminator="\n")
+            if not there:
+                writer.writeheader()
+            there.add((row.model, row.strategy))
+            writer.writerow(record)
+            file.flush()
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(to_csv(run_matrix()), encoding="utf-8")
+    fill_table(Path(sys.argv[1]))

@@ -179,9 +179,17 @@ def input_gradient_peak(
     """
     peak = pending = 0.0
     for graph in reversed(list(graphs)):
+        # Results that one sum takes have one gradient, unless each is gathered for its product.
+        sums = [{t.name for t in op.inputs} for op in graph.operators if isinstance(op, Residual)]
+        counted: list[set[str]] = []
         for step in backward_steps(graph, layout, impl, gradient_bytes):
             peak = max(peak, pending + step.moving + _chain_gradients(step.operator, layout, impl))
-            pending += step.results if step.operator.weights else 0.0
+            if not step.operator.weights:
+                continue
+            shared = [names for names in sums if any(t.name in names for t in step.operator.outputs)]
+            if layout.sequence_parallel or not any(names in counted for names in shared):
+                pending += step.results
+            counted += shared
     return peak, pending
 
 

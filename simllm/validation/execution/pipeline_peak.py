@@ -32,6 +32,8 @@ class Chunk:
         Most bytes of gradients in the first half of a split backward pass; 0 where it does nothing.
     pending : float
         Gradients that wait with the graph for the second half.
+    weights : float
+        Weight gradients at once in the second half: those of a product, and of the one before it.
     loosened : float
         What the first half frees: the tensors of operators behind the last one with weights.
     """
@@ -42,6 +44,7 @@ class Chunk:
     gradient: float = 0.0
     splitting: float = 0.0
     pending: float = 0.0
+    weights: float = 0.0
     loosened: float = 0.0
 
 
@@ -76,7 +79,7 @@ def pipeline_peak(actions: Sequence[Action], chunks: Sequence[Chunk], sent_stays
             peak = max(peak, held + chunk.splitting)
             held += chunk.pending - chunk.loosened
         else:
-            peak = max(peak, held - chunk.kept + chunk.working if not chunk.pending else held)
+            peak = max(peak, held - chunk.kept + chunk.working if not chunk.splitting else held + chunk.weights)
             held -= chunk.kept + chunk.pending - chunk.loosened
         if action.kind in "BI" and sent_stays:
             held += chunk.gradient

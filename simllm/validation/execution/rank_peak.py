@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from simllm.models.activations import kept_tensors
 from simllm.models.operators import Loss
 from simllm.parallel.schedules import in_flight_chunks
-from simllm.validation.execution.peak import backward_peak, input_gradient_peak, loss_workspace
+from simllm.validation.execution.peak import backward_peak, backward_steps, input_gradient_peak, loss_workspace
 from simllm.validation.execution.pipeline_peak import Chunk, pipeline_peak
 from simllm.validation.execution.rank_view import RankView
 from simllm.validation.execution.sharded_pipeline import ShardedBlock, ShardedChunk, sharded_pipeline_peak
@@ -112,10 +112,19 @@ def _chunks(at: RankView, saved: Mapping[str, int]) -> list[Chunk]:
                 gradient=size * (stage > 0 and stage - 1 not in stages),
                 splitting=splitting,
                 pending=pending,
+                weights=_weight_gradients_at_once(at, graphs),
                 loosened=_loss_keeps(at) if stage == end else 0.0,
             )
         )
     return found
+
+
+def _weight_gradients_at_once(at: RankView, graphs: Iterable[Graph]) -> float:
+    """Those of one product, or of two less the gradient that waited for the first and is gone by then."""
+    steps = [s for graph in graphs for s in backward_steps(graph, at.layout, at.impl, _gradient_bytes(at))]
+    pairs = sorted((size, step.results) for step in steps for size in step.weights)[-2:]
+    one, both = max(size for size, _ in pairs), sum(size for size, _ in pairs)
+    return max(one, both - max(waited for _, waited in pairs))
 
 
 def _loss_keeps(at: RankView) -> float:

@@ -198,6 +198,10 @@ class Stack(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     pipeline_tensor : str
         Without sequence parallelism every tensor-parallel rank holds the same activation. It sends its ``slice`` of it
         to the next stage, whose ranks gather the slices (arXiv:2104.04473, section 4.1), or the ``whole``.
+    partial_gradients : str
+        Gradients of whole weights that are partial over tp are summed ``together``, once a step in one buffer
+        (Megatron-Core's finalize_model_grads), or ``each`` by itself where a micro-batch's are added up (PyTorch's
+        distributed tensors, executed).
     """
 
     name: str
@@ -212,6 +216,7 @@ class Stack(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     cp_comm_type: Literal["p2p", "all_gather", "a2a"] = "p2p"
     parameter_exchange: Literal["all_gather", "broadcast"] = "all_gather"
     pipeline_tensor: Literal["slice", "whole"] = "whole"
+    partial_gradients: Literal["together", "each"] = "together"
 
     @property
     def figures(self) -> dict[str, Figure]:

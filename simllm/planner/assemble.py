@@ -90,7 +90,8 @@ class Assembly:
             for key, b in prices.blocks.items()
         }
         m = self.global_batch_size // (dp * columns["micro_batch_size"][cells])
-        keys = np.stack([columns["tp"][cells], columns["ep"][cells], self.cells.etp[cells]])
+        names = ("tp", "ep", "sequence_parallel")
+        keys = np.stack([*(columns[name][cells] for name in names), self.cells.etp[cells]])
         _, first, share = np.unique(keys, axis=1, return_index=True, return_inverse=True)
         sharing = tuple(self._fields(int(cells[i]), pp, int(dp[i])) for i in first)
         counts = m.astype(np.float64)
@@ -224,7 +225,9 @@ class Assembly:
                 scatter, gather = self.shared.numbers(frame, structure, ("traffic", kind.key), of)
                 reductions = m if structure.zero == "2" else np.ones_like(m)
                 update = update + data_parallel_s(scatter, gather, forward, backward, reductions, overlap)
-            onces.append(update)
+            summed = partial(_summed_gradients, stage=kind.stage)
+            shown, tied, every_time = self.shared.numbers(frame, structure, ("summed", kind.key), summed)
+            onces.append(update + shown * np.where(every_time > 0, m, 1.0) + tied)
         slowest = reduce(larger, totals)
         everyone = reduce(add, (total * len(kind.ranks) for total, kind in zip(totals, kinds, strict=True)))
         return step_s(slowest * m, pipeline_bubble(slowest, everyone, structure.vpp), reduce(larger, onces))
@@ -245,6 +248,11 @@ def _accumulation(step: Step, graph: Graph) -> tuple[float]:
 
 def _update(step: Step, stage: Stage) -> tuple[float]:
     return (step.update_s(stage) + step.clipping_s(stage),)
+
+
+def _summed_gradients(step: Step, stage: Stage) -> tuple[float, float, float]:
+    """Seconds of summed gradients, over tp and of tied tables, and whether the former come with every micro-batch."""
+    return *step.summed_gradients_s(stage), float(step.sums_every_micro_batch)
 
 
 def _graphs(stage: Stage) -> tuple[Graph, ...]:

@@ -133,7 +133,7 @@ class Shared:
             return frame.dealt[dealt]
         found = []
         for fields in frame.sharing:
-            degrees = (structure.pp, fields["tp"], fields["ep"], fields["etp"])
+            degrees = (structure.pp, fields["tp"], fields["ep"], fields["etp"], fields["sequence_parallel"])
             share = (structure.precision, structure.zero, offload, *degrees)
             numbers = self._numbers.get((*what, *share))
             if numbers is None:

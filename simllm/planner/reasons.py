@@ -26,11 +26,11 @@ CAUSES = {
 }
 #: Groups of ranks whose traffic makes up a cause of time.
 GROUPS = {
-    "tensor_parallel": ("tp",),
+    "tensor_parallel": ("tp", "tp_gradients"),
     "context_parallel": ("cp", "cp_heads", "cp_ring"),
     "expert_parallel": ("ep", "etp"),
     "data_parallel": ("dp", "dp_replicas", "expert_dp", "expert_dp_replicas"),
-    "pipeline_p2p": ("pp",),
+    "pipeline_p2p": ("pp", "tied_tables"),
 }
 
 

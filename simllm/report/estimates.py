@@ -57,6 +57,8 @@ _GROUPS = {
     "expert_dp": "experts' data parallel",
     "expert_dp_replicas": "experts' replicas",
     "gradient_norm": "norm of the gradients",
+    "tp_gradients": "gradients over tp",
+    "tied_tables": "tied tables",
 }
 
 

@@ -14,6 +14,7 @@ from simllm.models.activations import recomputed_operators
 from simllm.models.counts import operator_flops
 from simllm.models.graph import Graph, Layout
 from simllm.network import Group, price
+from simllm.parallel.gradients import partial_sizes, tied_elements
 from simllm.parallel.memory import StageMemory, held_along, shard_degrees, stage_kept_bytes, stage_memory
 from simllm.parallel.placement import communicators, group_of
 from simllm.parallel.plan import Plan
@@ -325,19 +326,19 @@ class Step:
         bubble = pipeline_bubble(totals[busiest], sum(totals), plan.vpp)
         if exact:
             bubble = max(0.0, self.pipeline_run.total_s - busy[busiest])
-        once = max((self.once_per_step(stage, time) for stage, time in zip(self.stages, times, strict=True)), key=sum)
+        onces = [self.once_per_step(stage, time) for stage, time in zip(self.stages, times, strict=True)]
+        once = max(onces, key=lambda causes: sum(causes.values()))
         by_cause = ((times[busiest].forward + times[busiest].backward) * m).by_cause()
-        by_cause["data_parallel"] += once[0]
-        by_cause["offload"] += once[2]
         by_cause["pipeline_p2p"] = times[busiest].p2p_s * m
         # What runs beside computation is transfers first, then the experts' exchanges.
         beside = min(hidden[busiest], by_cause["pipeline_p2p"])
         by_cause["pipeline_p2p"] -= beside
         by_cause["expert_parallel"] -= hidden[busiest] - beside
         by_cause["pipeline_bubble"] = bubble
-        by_cause["optimizer"] = once[1]
-        by_cause["gradient_clipping"] = once[3]
-        return StepTime(total_s=step_s(busy[busiest], bubble, sum(once)), by_cause=by_cause, busiest_stage=busiest)
+        for cause, seconds in once.items():
+            by_cause[cause] = by_cause.get(cause, 0.0) + seconds
+        total = step_s(busy[busiest], bubble, sum(once.values()))
+        return StepTime(total_s=total, by_cause=by_cause, busiest_stage=busiest)
 
     def stage_times(self, stages: tuple[Stage, ...]) -> list[StageTime]:
         """One micro-batch on each of some stages; equal ones are priced once."""
@@ -350,16 +351,53 @@ class Step:
             times.append(known[key])
         return times
 
-    def once_per_step(self, stage: Stage, time: StageTime) -> tuple[float, float, float, float]:
-        """On one rank: data-parallel traffic that shows, the optimizer, transfers to the host that show, clipping."""
-        forward, backward, traffic = time.forward.total, time.backward.total, 0.0
+    def once_per_step(self, stage: Stage, time: StageTime) -> dict[str, float]:
+        """What is done once a step on one rank, by cause: reductions and gathers that show, clipping, the optimizer."""
+        forward, backward = time.forward.total, time.backward.total
+        partial, tied = self.summed_gradients_s(stage)
+        sums = self.plan.num_micro_batches if self.sums_every_micro_batch else 1
+        found = {"tensor_parallel": partial * sums, "pipeline_p2p": tied, "gradient_clipping": self.clipping_s(stage)}
         if not self.plan.shards_parameters:  # otherwise the traffic is part of every block
             reduce, gather = self.stage_traffic_s(stage)
-            traffic = data_parallel_s(reduce, gather, forward, backward, self.reductions_per_step, self.stack.overlap)
+            found["data_parallel"] = data_parallel_s(
+                reduce, gather, forward, backward, self.reductions_per_step, self.stack.overlap
+            )
         if self.plan.offload.moves("optimizer"):
             shown, update = HostWork(self).per_step(stage, backward)
-            return traffic, update, shown, self.clipping_s(stage)
-        return traffic, self.update_s(stage), 0.0, self.clipping_s(stage)
+            return found | {"optimizer": update, "offload": shown}
+        return found | {"optimizer": self.update_s(stage)}
+
+    def summed_gradients(self, stage: Stage) -> tuple[list[Exchange], list[Exchange]]:
+        """What sums gradients of whole weights over tp, and those of a tied table over both ends of the pipeline."""
+        plan, together, states = self.plan, self.stack.partial_gradients == "together", self.states
+        element = states.gradient if together else states.gradient_on_wire
+        if self.sums_every_micro_batch:
+            element = self.engine.impl.activation_bytes
+        sizes = [(float(size * element), times) for size, times in partial_sizes(stage, self.layout)]
+        if together and sizes:
+            sizes = [(sum(size * times for size, times in sizes), 1)]
+        partial = [Exchange("tp_gradients", "all_reduce", group_of(plan, "tp"), size, times) for size, times in sizes]
+        table = float(tied_elements(self.graph, stage, self.layout))
+        if not table:
+            return partial, []
+        if plan.shards_parameters:
+            table /= shard_degrees(plan, self.hsdp_shard)[0]
+        ends = Group(size=2, stride=group_of(plan, "pp").stride * (plan.pp - 1))
+        return partial, [Exchange("tied_tables", "all_reduce", ends, table * states.gradient)]
+
+    def summed_gradients_s(self, stage: Stage) -> tuple[float, float]:
+        """Seconds of one sum of the partial gradients of a rank, and of its tied table's."""
+        partial, tied = self.summed_gradients(stage)
+        return self.exchange_s(partial), self.exchange_s(tied)
+
+    @property
+    def sums_every_micro_batch(self) -> bool:
+        """Whether gradients that are partial over tp are summed with every micro-batch.
+
+        So it is where each is summed by itself, when it is added to those before. In a pipeline FSDP2 adds up first.
+        """
+        each = self.stack.partial_gradients == "each"
+        return each and not (self.plan.shards_parameters and self.plan.pp > 1)
 
     @property
     def reductions_per_step(self) -> int:

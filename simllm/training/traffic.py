@@ -92,5 +92,8 @@ def _exchanges(step: Step, rank: int) -> Iterator[tuple[Exchange, float]]:
         yield from ((x, m if plan.zero == "2" else 1) for x in step.reductions(*weights))
     if step.training.gradient_clipping:
         yield from ((x, 1) for x in step.norm_exchanges())
+    partial, tied = step.summed_gradients(stage)
+    yield from ((x, x.times * (plan.num_micro_batches if step.sums_every_micro_batch else 1)) for x in partial)
+    yield from ((x, 1) for x in tied)
     if plan.pp > 1:
         yield from ((x, transfers_of(stage, plan.pp, plan.vpp, plan.pipeline) * m) for x in step.p2p())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from simllm.models.activations import kept_tensors
+from simllm.models.graph import Graph
 from simllm.models.operators import Loss
 from simllm.parallel.schedules import in_flight_chunks
 from simllm.validation.execution.peak import backward_peak, backward_steps, input_gradient_peak, loss_workspace

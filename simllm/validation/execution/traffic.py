@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from simllm.parallel.communication import block_collectives
+from simllm.parallel.gradients import tied_elements
 from simllm.validation.execution.flops import rerun
 from simllm.validation.execution.rank_view import RankView
 from simllm.validation.execution.weights import Parameter, Unit, block_parameters
@@ -142,7 +143,7 @@ def _pipeline_traffic(at: RankView, add: Adder) -> None:
     times = sum(near not in stages for near in neighbours) * at.m  # in a V some neighbours are on the same rank
     for op in ("send", "recv"):
         add(op, at.groups.pp, size, times)
-    if at.case.spec.head.tied and at.stage.first != at.stage.last:
+    if tied_elements(at.graph, at.stage, at.layout):
         table = next(p for u in at.units for p in u.parameters if p.tied)
         root = next(u for u in at.units if table in u.parameters)
         stage = plan.tp * plan.dp

@@ -8,9 +8,10 @@ from math import prod
 
 from simllm.models.graph import Graph, Layout, Operator, Weight
 from simllm.models.operators import Projection, Router
+from simllm.parallel.gradients import partial_over_tp
 from simllm.parallel.stages import Stage
 
-__all__ = ["Parameter", "Unit", "block_parameters", "partial_over_tp", "whole_parameter_shares"]
+__all__ = ["Parameter", "Unit", "block_parameters", "whole_parameter_shares"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,26 +63,6 @@ def _shape(operator: Operator, weight: Weight, layout: Layout) -> tuple[int, ...
     if isinstance(operator, Projection | Router) and len(sizes) == 2:
         sizes.reverse()
     return tuple(sizes)
-
-
-def partial_over_tp(operator: Operator, weight: Weight, layout: Layout) -> bool:
-    """Whether each tensor-parallel rank has a part of the gradient of a weight that it holds whole.
-
-    So it is where the ranks used the weight on different tokens (sequence parallelism) or on different heads (a norm
-    of each head; key-value heads that are fewer than the ranks).
-    """
-    if layout.tp == 1 or weight.is_expert:
-        return False
-    for axis in weight.axes:
-        if axis.name in ("heads", "ffn", "vocab", "inner"):
-            return False
-        if axis.name == "kv_heads":
-            return axis.units < layout.tp
-    tensors = (*operator.inputs, *operator.outputs)
-    if isinstance(operator, Projection):
-        # What a row-wise product adds to its reduced result is added by all ranks alike.
-        return layout.sequence_parallel and not any(tensor.tp_sharded for tensor in tensors)
-    return layout.sequence_parallel or any(tensor.tp_sharded for tensor in tensors)
 
 
 def block_parameters(graph: Graph, layout: Layout, keep_tied: bool) -> Iterator[Parameter]:

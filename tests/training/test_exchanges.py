@@ -30,6 +30,32 @@ def test_a_pipeline_tensor_is_sent_in_slices_and_gathered() -> None:
     assert [(x.operation, x.size_bytes) for x in torch] == [("send_recv", whole)]
 
 
+def test_gradients_of_norms_are_summed_over_tensor_parallel_ranks() -> None:
+    """Megatron: once, as one buffer in float32. Distributed tensors: each norm's, with every micro-batch, in bf16."""
+    plan = {"tp": 8, "pp": 2, "sequence_parallel": True}
+    together = step("megatron-core", dp=4, **plan)
+    found = [together.summed_gradients(stage)[0] for stage in together.stages]
+    assert [[(x.operation, x.group, x.size_bytes, x.times) for x in rank] for rank in found] == [
+        [("all_reduce", Group(size=8), 4 * 4096 * norms, 1)] for norms in (32, 33)
+    ]
+    assert not together.sums_every_micro_batch
+    each = step("torchtitan", dp=8, tp=8, sequence_parallel=True)
+    assert [(x.size_bytes, x.times) for x in each.summed_gradients(each.stages[0])[0]] == [(2 * 4096, 65)]
+    assert each.sums_every_micro_batch
+    assert not step("torchtitan", dp=4, zero="3", **plan).sums_every_micro_batch
+
+
+def test_both_ends_of_a_pipeline_sum_the_gradients_of_a_tied_table() -> None:
+    plan = Plan(tp=2, pp=4, dp=8, zero="1", global_batch_size=64)
+    tied = Step(Model.load("gpt2"), load_cluster("dgx-a100", 64), plan, Training(seq_len=1024, stack="megatron-core"))
+    found = [tied.summed_gradients(stage)[1] for stage in tied.stages]
+    table = 4 * 768 * 50432 // 2  # float32, half of the 50257 rows padded to a multiple of 128 x tp
+    assert [[x.size_bytes for x in rank] for rank in found] == [[table], [], [], [table]]
+    assert found[0][0].group == Group(size=2, stride=3 * 16)
+    by_cause = tied.time().by_cause
+    assert sum(by_cause.values()) == pytest.approx(tied.time().total_s)
+
+
 def test_every_rank_broadcasts_its_parameters() -> None:
     (one,) = step("internevo", dp=64, zero="1").gathers(6_400_000, 0)
     assert (one.operation, one.times, one.size_bytes) == ("broadcast", 64, 200_000)

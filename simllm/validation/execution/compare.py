@@ -38,12 +38,16 @@ class Quantity:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """All quantities of one execution, with the named terms in the predictions."""
+    """All quantities of one execution, with the named terms in the predictions.
+
+    ``resident_bytes``: of a fake cluster, most memory of a process that executed it.
+    """
 
     case: Case
     quantities: tuple[Quantity, ...]
     terms: tuple[Term, ...]
     step_s: tuple[float, ...] = ()
+    resident_bytes: int = 0
 
     @property
     def ok(self) -> bool:
@@ -72,6 +76,7 @@ class Comparison:
             ],
             "terms": [{"quantity": t.quantity, "amount": t.amount, "why": t.why} for t in self.terms],
             "step_s": list(self.step_s),
+            **({"resident_bytes": self.resident_bytes} if self.resident_bytes else {}),
         }
 
 
@@ -134,12 +139,16 @@ def compare(case: Case, records: Iterable[Record], backend: str = "gloo") -> Com
     table = _Table()
     terms: dict[Term, None] = {}
     times: Sequence[float] = ()
+    resident = 0
     for record in records:
         prediction = predict(case, record.rank, backend)
         _one_rank(table, case, prediction, record)
         terms |= dict.fromkeys(prediction.terms)
         times = record.step_s if len(record.step_s) > len(times) else times
-    return Comparison(case=case, quantities=table.worst(), terms=tuple(terms), step_s=tuple(times))
+        resident = max(resident, record.resident_bytes)
+    return Comparison(
+        case=case, quantities=table.worst(), terms=tuple(terms), step_s=tuple(times), resident_bytes=resident
+    )
 
 
 def _one_rank(table: _Table, case: Case, prediction: Prediction, record: Record) -> None:

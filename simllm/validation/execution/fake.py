@@ -6,8 +6,10 @@ storages without memory, collectives return at once. What is recorded is the sam
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,9 +48,20 @@ def execute_stage(case: Case, stage: int) -> Record:
             runner.connect()
             # Distributed tensors work out their shapes once, on tensors of global shape that are not this rank's work.
             runner.step()
-            return runner.record()
+            record = runner.record()
+        record.resident_bytes = _resident_bytes()
+        return record
     finally:
         dist.destroy_process_group()
+
+
+def _resident_bytes() -> int:
+    """Most memory of this process so far; a parent's before it was started does not count, as it does in getrusage."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
 
 
 def _give_storage(part: nn.Module) -> None:

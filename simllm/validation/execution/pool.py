@@ -53,13 +53,18 @@ class _Job:
     timeout_s: float
 
 
-def _serve(pipe: Connection, threads: int) -> None:
-    """Execute jobs until the pipe closes."""
-    parent = os.getppid()
+def _serve(pipe: Connection, threads: int, parent: int) -> None:
+    """Execute jobs until the pipe closes; where the parent was ended with no time to clean up, do it for it."""
+    folders: set[str] = set()
+
+    def clean_up() -> None:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
+        clean_up()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -71,7 +76,9 @@ def _serve(pipe: Connection, threads: int) -> None:
         try:
             job = pipe.recv()
         except EOFError:
+            clean_up()  # whoever is later, the parent or this, finds nothing
             return
+        folders.add(os.path.dirname(job.rendezvous))
         try:
             pipe.send(("ok", _run(job)))
         except BaseException as error:
@@ -113,14 +120,14 @@ class Pool:
 
     def __init__(self, ranks: int, backend: str = "gloo", timeout_s: float = 300.0, threads: int = 1) -> None:
         self.backend, self.timeout_s = backend, timeout_s
-        self._folder = tempfile.mkdtemp(prefix="simllm-ranks-")
+        self._folder = ""
         self._cases = 0
         context = multiprocessing.get_context("spawn")
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
         for _ in range(ranks):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, threads), daemon=True)
+            process = context.Process(target=_serve, args=(there, threads, os.getpid()), daemon=True)
             process.start()
             there.close()
             self._pipes.append(here)
@@ -142,6 +149,7 @@ class Pool:
         world = case.plan.num_gpus
         if world > len(self._pipes):
             raise ExecutionError(f"the plan has {world} ranks, but only {len(self._pipes)} were started")
+        self._folder = self._folder or tempfile.mkdtemp(prefix="simllm-ranks-")
         self._cases += 1
         rendezvous = os.path.join(self._folder, f"case-{self._cases}")
         for rank, pipe in enumerate(self._pipes[:world]):
@@ -208,7 +216,8 @@ class Pool:
             if process.is_alive():
                 process.kill()
                 process.join()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def __enter__(self) -> Pool:
         return self

@@ -62,6 +62,8 @@ class Record:
         Forward and backward passes of model chunks in the order in which they ran.
     gradient_error : float
         Largest difference of a gradient from the single process, over the largest entry of that gradient.
+    resident_bytes : int
+        Of a fake cluster, most memory of the process that stood for it.
     """
 
     rank: int
@@ -77,6 +79,7 @@ class Record:
     reference_loss: float | None = None
     gradient_error: float = 0.0
     step_s: list[float] = field(default_factory=list)
+    resident_bytes: int = 0
 
 
 def batch_of(case: Case, device: str = "cpu") -> tuple[Tensor, Tensor]:

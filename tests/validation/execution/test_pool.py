@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -44,6 +47,36 @@ def test_a_killed_or_hung_rank(number: signal.Signals, message: str) -> None:
         assert time.monotonic() - begin < 30
         assert _gone(pids)
         assert not os.path.exists(folder)
+
+
+_PARENT = """
+import time
+from simllm.models import Model
+from simllm.validation.execution.matrix import STRATEGIES, matrix_case
+from simllm.validation.execution.pool import Pool
+from simllm.validation.execution.sizes import shrink
+
+if __name__ == "__main__":
+    pool = Pool(1)
+    pool.run(matrix_case(shrink(Model.load("llama-3-70b").spec, layers=1), STRATEGIES["one rank"]))
+    print(pool._folder, *pool.pids, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_nothing_is_left_of_a_parent_that_was_ended(tmp_path: Path) -> None:
+    (tmp_path / "parent.py").write_text(_PARENT)
+    with subprocess.Popen([sys.executable, tmp_path / "parent.py"], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        folder, *words = parent.stdout.readline().split()
+        assert os.path.exists(folder)
+        parent.send_signal(signal.SIGTERM)
+    pids = [int(word) for word in words]
+    end = time.monotonic() + 30
+    while time.monotonic() < end and (os.path.exists(folder) or not _gone(pids)):
+        time.sleep(0.2)
+    assert not os.path.exists(folder)
+    assert _gone(pids)
 
 
 def test_two_at_once(pool: Pool) -> None:

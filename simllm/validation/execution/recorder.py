@@ -1,4 +1,4 @@
-"""What really happened on a rank: collectives, FLOPs, memory by kind, saved tensors, pipeline actions.
+"""What really happened on a rank: collectives, FLOPs and saved tensors.
 
 Everything is seen where PyTorch dispatches operators on plain tensors, below distributed tensors and autograd, so that
 it is this rank's own work and memory. Sizes of collectives are what nccl-tests prints: the buffer of an all-reduce or a
@@ -7,30 +7,19 @@ broadcast, the whole of an all-gather or reduce-scatter, the send buffer of an a
 
 from __future__ import annotations
 
-import threading
-import time
-import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._sharding_prop import ShardingPropagator
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-__all__ = ["Call", "CommunicationLog", "FlopLog", "MemoryLog", "SavedLog", "local_tensor", "saved_bytes_of"]
+from simllm.validation.execution.dispatch import LocalMode, is_collective, local_tensor
 
-
-def local_tensor(tensor: Tensor) -> Tensor:
-    """The tensor that holds memory: this rank's part of a distributed one, what an unawaited collective will fill."""
-    inner = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-    return getattr(inner, "elem", inner)
+__all__ = ["Call", "CommunicationLog", "FlopLog", "SavedLog", "saved_bytes_of"]
 
 
 def saved_bytes_of(run: Callable[[], Any], owned: Iterable[Tensor]) -> int:
@@ -87,60 +76,6 @@ class SavedLog:
         return watch
 
 
-class _Propagation(threading.local):
-    """Whether distributed tensors are working out shapes, on tensors of global shape that are nobody's memory."""
-
-    running = False
-
-
-_PROPAGATION = _Propagation()
-
-
-@contextmanager
-def _marked_propagation() -> Iterator[None]:
-    propagator: Any = ShardingPropagator
-    original = propagator._propagate_tensor_meta_non_cached
-
-    def marked(self: Any, schema: Any) -> Any:
-        before, _PROPAGATION.running = _PROPAGATION.running, True
-        try:
-            return original(self, schema)
-        finally:
-            _PROPAGATION.running = before
-
-    propagator._propagate_tensor_meta_non_cached = marked
-    try:
-        yield
-    finally:
-        propagator._propagate_tensor_meta_non_cached = original
-
-
-class _LocalMode(TorchDispatchMode):
-    """Sees operators on this rank's plain tensors, not those on distributed ones or of shape propagation."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(t, DTensor) for t in types):
-            return NotImplemented
-        result = func(*args, **(kwargs or {}))
-        if not _PROPAGATION.running:
-            self.see(func, args, kwargs or {}, result)
-        return result
-
-    def __enter__(self) -> Self:
-        self._marked = _marked_propagation()
-        self._marked.__enter__()
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._marked.__exit__(None, None, None)
-
-    def see(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """One operator and what it returned."""
-        raise NotImplementedError
-
-
 # -- collectives -----------------------------------------------------------------------------------------------
 
 
@@ -188,12 +123,6 @@ _COLLECTIVES: dict[str, tuple[str, Callable[[Any, Any], int]]] = {
     "broadcast": ("broadcast", lambda a, r: _bytes(a[0])),
 }
 _SILENT = frozenset({"wait_tensor", "_wrap_tensor_autograd", "barrier", "monitored_barrier_"})
-_TRANSFERS = frozenset({"c10d::send", "c10d::recv_", "c10d::recv_any_source_"})
-_PATIENCE_S = 1.0
-
-
-def _is_collective(func: Any) -> bool:
-    return func.namespace in ("c10d", "_c10d_functional", "_c10d_functional_autograd")
 
 
 def _ranks_of(args: Any, kwargs: Any) -> tuple[int, ...]:
@@ -214,7 +143,7 @@ def _ranks_of(args: Any, kwargs: Any) -> tuple[int, ...]:
     raise RuntimeError("a collective without a process group")
 
 
-class CommunicationLog(_LocalMode):
+class CommunicationLog(LocalMode):
     """Every collective in order."""
 
     def __init__(self) -> None:
@@ -222,7 +151,7 @@ class CommunicationLog(_LocalMode):
         self.calls: list[Call] = []
 
     def see(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        if not _is_collective(func):
+        if not is_collective(func):
             return
         name = func._schema.name.split("::")[1]
         if name in _SILENT:
@@ -254,7 +183,7 @@ _CPU_FORMULAS: dict[Any, Callable[..., int]] = {
 }
 
 
-class FlopLog(_LocalMode):
+class FlopLog(LocalMode):
     """FLOPs of matrix products and attention by PyTorch's own formulas, on this rank's shapes."""
 
     def __init__(self) -> None:
@@ -269,113 +198,3 @@ class FlopLog(_LocalMode):
             self.flops += formula(*shaped[0], **shaped[1])
         elif packet in flop_registry:
             self.flops += int(flop_registry[packet](*args, **kwargs, out_val=result))
-
-
-# -- memory ----------------------------------------------------------------------------------------------------
-
-
-def _wait_and_let_go(result: Any) -> None:
-    """Wait for a collective, and until gloo's thread has let go of its tensors.
-
-    That thread drops them when it next runs, after the collective counts as done: on a busy machine milliseconds
-    later, and if the program has dropped them by then, they would still count as its memory.
-    """
-    for value in torch.utils._pytree.tree_leaves(result):
-        if isinstance(value, torch.ScriptObject):
-            dist.Work.unbox(value).wait()
-        elif isinstance(value, Tensor):
-            torch.ops._c10d_functional.wait_tensor(value)
-    end = time.monotonic() + _PATIENCE_S
-    while True:
-        time.sleep(5e-5)
-        if not _others_run() or time.monotonic() > end:
-            return
-
-
-def _others_run() -> bool:
-    """Whether any other thread of this process runs or wants to; False where the system does not say."""
-    own = str(threading.get_native_id())
-    for folder in Path("/proc/self/task").glob("*"):
-        with suppress(OSError):
-            if folder.name != own and (folder / "stat").read_text().rpartition(")")[2].split()[0] == "R":
-                return True
-    return False
-
-
-class MemoryLog(_LocalMode):
-    """Live bytes of all storages, and what there is at the peak.
-
-    ``track`` names storages that exist already; all others count as ``temporary``: activations and workspace.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live: dict[int, tuple[int, str]] = {}
-        self.refs: dict[int, Any] = {}
-        self.current: dict[str, int] = {}
-        self.peak_bytes = 0
-        self.peak: dict[str, int] = {}
-        self._resize = torch.UntypedStorage.resize_
-
-    def track(self, tensors: Iterable[Tensor], kind: str) -> None:
-        """Count tensors under a kind."""
-        for tensor in tensors:
-            self._add(local_tensor(tensor).untyped_storage(), kind)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = super().__torch_dispatch__(func, types, args, kwargs)
-        # Transfers between two ranks wait for the other one, and have no thread of their own.
-        waits = result is not NotImplemented and _is_collective(func) and func._schema.name not in _TRANSFERS
-        if waits and dist.get_backend() == "gloo":
-            _wait_and_let_go(result)
-        return result
-
-    def see(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        for value in torch.utils._pytree.tree_leaves(result):
-            if isinstance(value, Tensor) and value.device.type != "meta":
-                self._add(local_tensor(value).untyped_storage(), "temporary")
-
-    def _add(self, storage: torch.UntypedStorage, kind: str) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        known = self.live.get(key)
-        if known is not None:
-            if known[0] != size:  # a storage that was resized by an operator
-                self._change(known[1], size - known[0])
-                self.live[key] = (size, known[1])
-            return
-        self.live[key] = (size, kind)
-        self.refs[key] = weakref.ref(storage, lambda _: self._gone(key))
-        self._change(kind, size)
-
-    def _gone(self, key: int) -> None:
-        size, kind = self.live.pop(key, (0, "temporary"))
-        self.refs.pop(key, None)
-        self._change(kind, -size)
-
-    def _change(self, kind: str, size: int) -> None:
-        self.current[kind] = self.current.get(kind, 0) + size
-        total = sum(self.current.values())
-        if total > self.peak_bytes:
-            self.peak_bytes, self.peak = total, dict(self.current)
-
-    def __enter__(self) -> MemoryLog:
-        log, resize = self, self._resize
-
-        def resized(storage: torch.UntypedStorage, size: int) -> Any:
-            result = resize(storage, size)
-            known = log.live.get(storage._cdata)
-            if known is not None:
-                log._change(known[1], size - known[0])
-                log.live[storage._cdata] = (size, known[1])
-            elif size:
-                log._add(storage, "gathered")
-            return result
-
-        # FSDP frees and fills its gathered parameters by resizing their storages.
-        torch.UntypedStorage.resize_ = resized  # type: ignore[assignment, method-assign]
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
-        super().__exit__(*error)

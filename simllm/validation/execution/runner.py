@@ -14,13 +14,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 from torch.nn.parallel import DistributedDataParallel
 
 from simllm.parallel.schedules import Action
 from simllm.validation.execution.case import Case
+from simllm.validation.execution.dispatch import local_tensor
+from simllm.validation.execution.memory_log import MemoryLog
 from simllm.validation.execution.parallelize import (
     Meshes,
     add_recompute,
@@ -31,21 +32,11 @@ from simllm.validation.execution.parallelize import (
     splits_experts,
     tensor_parallel,
 )
-from simllm.validation.execution.recorder import Call, CommunicationLog, FlopLog, MemoryLog, SavedLog, local_tensor
+from simllm.validation.execution.pipelining import make_schedule, make_stages
+from simllm.validation.execution.recorder import Call, CommunicationLog, FlopLog, SavedLog
 from simllm.validation.execution.reference import Block, Head, Stem, Transformer
 
 __all__ = ["Record", "Runner", "batch_of"]
-
-#: PyTorch's class of each schedule.
-SCHEDULE_CLASSES: dict[str, str] = {
-    "gpipe": "ScheduleGPipe",
-    "1f1b": "Schedule1F1B",
-    "interleaved": "ScheduleInterleaved1F1B",
-    "looped-bfs": "ScheduleLoopedBFS",
-    "interleaved-zb": "ScheduleInterleavedZeroBubble",
-    "zb-v": "ScheduleZBVZeroBubble",
-    "dualpipe-v": "ScheduleDualPipeV",
-}
 
 
 @dataclass(kw_only=True)
@@ -146,7 +137,11 @@ class Runner:
         else:
             self.optimizer = torch.optim.AdamW(parameters, **options)
         self.stages: list[Any] = []
-        self.schedule = self._pipeline() if plan.pp > 1 else None
+        self.schedule: Any = None
+        if plan.pp > 1:
+            group = self.meshes.whole["pp"].get_group()
+            self.stages = make_stages(case, modules, self.pp_rank, group, self.device, self.actions)
+            self.schedule = make_schedule(case, self.stages)
         self.ids, self.labels = self._own_batch(case)
 
     def _replicate(self, part: Transformer) -> nn.Module:
@@ -185,65 +180,6 @@ class Runner:
             if dist.get_rank() in ranks:
                 mine = group
         return mine
-
-    # -- pipeline ----------------------------------------------------------------------------------------------
-
-    def _pipeline(self) -> Any:
-        plan = self.case.plan
-        group = self.meshes.whole["pp"].get_group()
-        number = plan.pp * plan.vpp
-        stages = self.stages
-        for chunk, module in enumerate(self.modules):
-            index = self.case.stages(self.pp_rank)[chunk]
-            arguments = self._stage_arguments(index, number)
-            stage = PipelineStage(module, index, number, torch.device(self.device), group=group, **arguments)
-            self._log_actions(stage, chunk)
-            stages.append(stage)
-        schedule = getattr(schedules, SCHEDULE_CLASSES[plan.schedule])
-        several = issubclass(schedule, schedules.PipelineScheduleMulti)
-        m = plan.num_micro_batches
-        # Scaled is the loss: gradients of a table that two stages of a rank share would be scaled twice.
-        return schedule(
-            stages if several else stages[0],
-            n_microbatches=m,
-            loss_fn=lambda loss, _: loss / m,
-            scale_grads=False,
-        )
-
-    def _stage_arguments(self, index: int, number: int) -> dict[str, Any]:
-        """Example tensors, so that stages do not have to ask each other for shapes."""
-        case, plan = self.case, self.case.plan
-        tokens = case.seq_len // (plan.tp if plan.sequence_parallel else 1)
-        dtype = torch.float32 if plan.precision == "fp32" else torch.bfloat16
-        with torch.device("meta"):
-            stream = torch.empty(plan.micro_batch_size, tokens, case.spec.hidden_size, dtype=dtype).requires_grad_()
-            ids = torch.empty(plan.micro_batch_size, case.seq_len, dtype=torch.int64)
-            return {
-                "input_args": (ids if index == 0 else stream,),
-                "output_args": (torch.empty(()) if index == number - 1 else stream,),
-            }
-
-    def _log_actions(self, stage: Any, chunk: int) -> None:
-        forward, backward, weights = (
-            stage.forward_one_chunk,
-            stage.backward_one_chunk,
-            stage.backward_weight_one_chunk,
-        )
-
-        def log_forward(micro_batch: int, *args: Any, **kwargs: Any) -> Any:
-            self.actions.append(Action("F", chunk, micro_batch))
-            return forward(micro_batch, *args, **kwargs)
-
-        def log_backward(micro_batch: int, *args: Any, **kwargs: Any) -> Any:
-            self.actions.append(Action("B" if kwargs.get("full_backward", True) else "I", chunk, micro_batch))
-            return backward(micro_batch, *args, **kwargs)
-
-        def log_weights(micro_batch: int, *args: Any, **kwargs: Any) -> Any:
-            self.actions.append(Action("W", chunk, micro_batch))
-            return weights(micro_batch, *args, **kwargs)
-
-        stage.forward_one_chunk, stage.backward_one_chunk = log_forward, log_backward
-        stage.backward_weight_one_chunk = log_weights
 
     # -- the step ----------------------------------------------------------------------------------------------
 

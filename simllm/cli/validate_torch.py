@@ -54,7 +54,12 @@ def torch(
         ),
     ] = None,
     schedule: Annotated[
-        str | None, typer.Option("--schedule", metavar="NAME", help="gpipe, 1f1b or interleaved.")
+        str | None,
+        typer.Option(
+            "--schedule",
+            metavar="NAME",
+            help="gpipe, 1f1b, interleaved, looped-bfs, interleaved-zb, zb-v or dualpipe-v.",
+        ),
     ] = None,
     recompute: Annotated[
         str, typer.Option("--recompute", metavar="POLICY", help="none, selective, full or every:N.")

@@ -202,7 +202,7 @@ class Groups:
     hsdp_replicate: tuple[int, ...]
 
     def role(self, ranks: tuple[int, ...]) -> str:
-        """Names of a set of ranks, those of groups that fall together joined.
+        """Names of a set of ranks, those of groups that fall together joined; experts' are empty without experts.
 
         >>> case = Groups(tp=(0, 1), dp=(0,), pp=(0,), ep=(0, 1), expert_dp=(0,), hsdp_shard=(0,), hsdp_replicate=(0,))
         >>> case.role((0, 1))
@@ -220,13 +220,14 @@ def group_ranks(case: Case, rank: int) -> Groups:
     inside = rank - first
     tensor, data = inside % plan.tp, inside // plan.tp
     shard = case.hsdp_shard
+    experts = any(isinstance(block.mlp, MoESpec) for block in case.spec.decoder.layers)
     expert, replica = inside % plan.ep, inside // plan.ep
     return Groups(
         tp=tuple(first + data * plan.tp + i for i in range(plan.tp)),
         dp=tuple(first + i * plan.tp + tensor for i in range(plan.dp)),
         pp=tuple(inside + i * stage for i in range(plan.pp)),
-        ep=tuple(first + replica * plan.ep + i for i in range(plan.ep)),
-        expert_dp=tuple(first + i * plan.ep + expert for i in range(stage // plan.ep)),
+        ep=tuple(first + replica * plan.ep + i for i in range(plan.ep)) if experts else (),
+        expert_dp=tuple(first + i * plan.ep + expert for i in range(stage // plan.ep)) if experts else (),
         hsdp_shard=tuple(first + (data // shard * shard + i) * plan.tp + tensor for i in range(shard)),
         hsdp_replicate=tuple(first + (i * shard + data % shard) * plan.tp + tensor for i in range(plan.dp // shard)),
     )

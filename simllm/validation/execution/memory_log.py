@@ -19,7 +19,7 @@ from simllm.validation.execution.dispatch import LocalMode, is_collective, local
 __all__ = ["MemoryLog"]
 
 _TRANSFERS = frozenset({"c10d::send", "c10d::recv_", "c10d::recv_any_source_"})
-_PATIENCE_S = 1.0
+_PATIENCE_S = 0.1
 
 
 def _wait_and_let_go(result: Any) -> None:
@@ -33,11 +33,12 @@ def _wait_and_let_go(result: Any) -> None:
             dist.Work.unbox(value).wait()
         elif isinstance(value, Tensor):
             torch.ops._c10d_functional.wait_tensor(value)
-    end = time.monotonic() + _PATIENCE_S
-    while True:
-        time.sleep(5e-5)
-        if not _others_run() or time.monotonic() > end:
+    pause = 5e-5
+    while pause < _PATIENCE_S:
+        time.sleep(pause)
+        if not _others_run():
             return
+        pause *= 2
 
 
 def _others_run() -> bool:

@@ -7,6 +7,7 @@ rank that fails, dies or does not answer in time ends all of them; a process who
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import shutil
@@ -103,6 +104,7 @@ def _run(job: _Job) -> Any:
     finally:
         with contextlib.suppress(Exception):
             dist.destroy_process_group()
+        gc.collect()  # meshes are in cycles, and with the last one its groups and their threads go
 
 
 class Pool:

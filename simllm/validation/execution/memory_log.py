@@ -16,10 +16,12 @@ from torch import Tensor
 
 from simllm.validation.execution.dispatch import LocalMode, is_collective, local_tensor
 
-__all__ = ["MemoryLog"]
+__all__ = ["MemoryLog", "ignore_present_threads"]
 
 _TRANSFERS = frozenset({"c10d::send", "c10d::recv_", "c10d::recv_any_source_"})
 _PATIENCE_S = 0.1
+_TASKS = Path("/proc/self/task")
+_OLD: set[str] = set()
 
 
 def _wait_and_let_go(result: Any) -> None:
@@ -42,13 +44,23 @@ def _wait_and_let_go(result: Any) -> None:
 
 
 def _others_run() -> bool:
-    """Whether any other thread of this process runs or wants to; False where the system does not say."""
+    """Whether any other thread of this case runs or wants to; False where the system does not say."""
     own = str(threading.get_native_id())
-    for folder in Path("/proc/self/task").glob("*"):
+    for name in _threads() - _OLD - {own}:
         with suppress(OSError):
-            if folder.name != own and (folder / "stat").read_text().rpartition(")")[2].split()[0] == "R":
+            if (_TASKS / name / "stat").read_text().rpartition(")")[2].split()[0] == "R":
                 return True
     return False
+
+
+def _threads() -> set[str]:
+    return {folder.name for folder in _TASKS.glob("*")}
+
+
+def ignore_present_threads() -> None:
+    """Threads that there are now belong to earlier cases, whose groups PyTorch has not let go of: they do nothing."""
+    _OLD.clear()
+    _OLD.update(_threads())
 
 
 class MemoryLog(LocalMode):

@@ -91,7 +91,9 @@ def _run(job: _Job) -> Any:
     import torch.distributed as dist
 
     from simllm.validation.execution.execute import execute
+    from simllm.validation.execution.memory_log import ignore_present_threads
 
+    ignore_present_threads()
     device = "cuda" if job.backend == "nccl" else "cpu"
     if device == "cuda":
         torch.cuda.set_device(job.rank)

@@ -16,7 +16,7 @@ from simllm.units import format_bytes
 from simllm.validation.collectives import CollectiveReport, CollectiveResult
 from simllm.validation.kernels import KernelResult
 from simllm.validation.run_constants import run_constants, shipped_values
-from simllm.validation.runs import RunResult, ValidationReport
+from simllm.validation.runs import PEAK_MEMORY_GROUPS, STEP_TIME_GROUPS, RunResult, ValidationReport
 from simllm.validation.scoring import Score
 
 __all__ = [
@@ -29,7 +29,6 @@ __all__ = [
 ]
 
 _COLLECTIVE_GROUPS = ("regime", "machine", "collective", "gpu", "system")
-_GROUPS = ("tier", "gpu", "framework", "stack")
 #: Reasons that a table names; the document has every row's.
 _REASONS_SHOWN = 12
 _WORST_SHOWN = 10
@@ -54,8 +53,8 @@ def validation_report(report: ValidationReport) -> list[RenderableType]:
             f"tier other than {tiers} count only in the table by tier. Bias above zero: predicted too large. "
             "Rank: Spearman correlation of utilisation, of memory where that is judged."
         ),
-        *_scores("step time", summary, _GROUPS),
-        *_scores("peak memory", summary["memory"], _GROUPS[:3]),
+        *_scores("step time", summary, STEP_TIME_GROUPS),
+        *_scores("peak memory", summary["memory"], PEAK_MEMORY_GROUPS),
         *_cross_validation(report.cross_validation),
         *_ablations(report.ablations),
         *_worst(report),

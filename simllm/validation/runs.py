@@ -16,7 +16,7 @@ from typing import Any, Literal
 from simllm.errors import InputError
 from simllm.hardware.stack import load_stack
 from simllm.models import Model
-from simllm.models.spec import ModelSpec
+from simllm.models.spec import ModelSpec, MoESpec
 from simllm.training import Estimate, Training, estimate
 from simllm.validation.row_method import fine_tuned, must_have_fitted
 from simllm.validation.row_model import check_parameters, model_spec
@@ -33,7 +33,16 @@ from simllm.validation.run_constants import Constants, Quantity
 from simllm.validation.scoring import Outcome, Score, score, score_by
 from simllm.validation.table import Row, read_table
 
-__all__ = ["HEADLINE_TIERS", "NEEDED_COLUMNS", "RunResult", "ValidationReport", "run_result", "validate_runs"]
+__all__ = [
+    "HEADLINE_TIERS",
+    "NEEDED_COLUMNS",
+    "PEAK_MEMORY_GROUPS",
+    "STEP_TIME_GROUPS",
+    "RunResult",
+    "ValidationReport",
+    "run_result",
+    "validate_runs",
+]
 
 #: Columns without which no row can be priced; the others may be missing or empty.
 NEEDED_COLUMNS = ("gpu", "n_gpus", "layers", "hidden", "heads", "seq_len", "global_batch_seqs")
@@ -41,6 +50,13 @@ NEEDED_COLUMNS = ("gpu", "n_gpus", "layers", "hidden", "heads", "seq_len", "glob
 #: Tier C rows leave too much open to judge a model by; they are priced and listed, but not scored. A table without
 #: tiers counts as a whole.
 HEADLINE_TIERS = frozenset({"A", "B", ""})
+
+#: What errors are shown by.
+STEP_TIME_GROUPS = ("tier", "gpu", "framework", "stack", "scale", "precision", "architecture")
+PEAK_MEMORY_GROUPS = ("tier", "gpu", "framework")
+
+#: Ranges of the number of GPUs: a node, a rack or two, a small, a middle, a large cluster.
+_SCALES = ((8, "up to 8 GPUs"), (64, "9 to 64"), (512, "65 to 512"), (2048, "513 to 2048"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +69,12 @@ class RunResult:
         As the table has them; a row without a ``config_key`` is a configuration of its own.
     stack : str
         Software stack that it was priced with; "" if unsupported.
+    precision : str
+        Of the matrix products as priced; "" if unsupported.
+    scale : str
+        How many GPUs, as a range; "" if unsupported.
+    architecture : str
+        ``dense`` or ``experts``; "" if unsupported.
     status : {"ok", "unsupported"}
     reason : str
         Why it is unsupported.
@@ -75,6 +97,9 @@ class RunResult:
     gpu: str
     config_key: str
     stack: str = ""
+    precision: str = ""
+    scale: str = ""
+    architecture: str = ""
     status: Literal["ok", "unsupported"] = "unsupported"
     reason: str = ""
     measured_step_time_s: float | None = None
@@ -153,7 +178,7 @@ class ValidationReport:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """Errors overall (tiers A and B), by gpu and framework (the same rows), and by tier (all rows)."""
+        """Errors overall and by what describes a run (tiers A and B), and by tier (all rows)."""
         priced = [row for row in self.rows if row.status == "ok"]
         return {
             "rows": len(self.rows),
@@ -163,13 +188,13 @@ class ValidationReport:
             "overall": score(o for row in self.scored if (o := row.step_time)).to_dict(),
             **{
                 name: _plain(self.step_time_by(attrgetter(name), every_tier=name == "tier"))
-                for name in ("tier", "gpu", "framework", "stack")
+                for name in STEP_TIME_GROUPS
             },
             "memory": {
                 "overall": score(o for row in self.scored if (o := row.peak_memory)).to_dict(),
                 **{
                     name: _plain(self.peak_memory_by(attrgetter(name), every_tier=name == "tier"))
-                    for name in ("tier", "gpu", "framework")
+                    for name in PEAK_MEMORY_GROUPS
                 },
             },
         }
@@ -256,11 +281,15 @@ def run_result(row: Row, models: dict[ModelSpec, Model], constants: Constants | 
     except InputError as error:
         return replace(result, reason=str(error), assumptions=tuple(row.assumptions))
     measured = result.measured_step_time_s
+    experts = any(isinstance(block.mlp, MoESpec) for block in answer.model.spec.decoder.layers)
     memory = _predicted_memory(row, answer)
     return replace(
         result,
         status="ok",
         stack=answer.training.software.name,
+        precision=answer.plan.precision,
+        scale=_scale(answer.plan.num_gpus),
+        architecture="experts" if experts else "dense",
         predicted_step_time_s=answer.step_time_s,
         measured_mfu=answer.mfu * answer.step_time_s / measured if measured else None,
         predicted_mfu=answer.mfu,
@@ -268,6 +297,10 @@ def run_result(row: Row, models: dict[ModelSpec, Model], constants: Constants | 
         predicted_by_cause=answer.time.by_cause,
         assumptions=(*row.assumptions, *answer.assumptions),
     )
+
+
+def _scale(num_gpus: int) -> str:
+    return next((words for most, words in _SCALES if num_gpus <= most), "more than 2048")
 
 
 def _price(row: Row, models: dict[ModelSpec, Model], constants: Constants | None) -> Estimate:

@@ -104,6 +104,8 @@ def test_megatron_core_accepts_the_model_and_the_plan(data: st.DataObject) -> No
     }
     if "pipeline_model_parallel_layout" in args and plan.vpp > 1:
         values["virtual_pipeline_model_parallel_size"] = plan.vpp
+    # One kind of context parallelism stands for every layer.
+    values |= {"cp_comm_type": kinds[0]} if len(kinds := values.get("cp_comm_type", ())) == 1 else {}
     # With fp8 and fp4 it asks for the version of TransformerEngine, which needs a GPU.
     values.pop("fp8_recipe", None)
     config = kind(**values)

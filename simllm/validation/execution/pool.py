@@ -157,7 +157,8 @@ class Pool:
         self._cases += 1
         rendezvous = os.path.join(self._folder, f"case-{self._cases}")
         for rank, pipe in enumerate(self._pipes[:world]):
-            pipe.send(_Job(case, rank, world, rendezvous, self.backend, self.timeout_s))
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # dead already: said below
+                pipe.send(_Job(case, rank, world, rendezvous, self.backend, self.timeout_s))
         try:
             return self._collect(world)
         except BaseException:

@@ -49,6 +49,14 @@ def test_a_killed_or_hung_rank(number: signal.Signals, message: str) -> None:
         assert not os.path.exists(folder)
 
 
+def test_a_rank_that_is_dead_before_it_is_asked() -> None:
+    with Pool(2, timeout_s=60) as pool:
+        os.kill(pool.pids[1], signal.SIGKILL)
+        pool._processes[1].join(10)
+        with pytest.raises(ExecutionError, match="rank 1 died"):
+            pool.run(_case())
+
+
 _PARENT = """
 import time
 from simllm.models import Model

@@ -33,7 +33,7 @@ def resources(answer: Estimate) -> dict[str, float]:
     >>> plan = Plan(tp=8, dp=2, global_batch_size=16, sequence_parallel=True)
     >>> answer = estimate(Model.load("llama-2-7b"), Cluster.load("dgx-h100", 16), plan, Training(seq_len=4096))
     >>> list(resources(answer))
-    ['compute', 'nvlink4', 'memory bandwidth', 'infiniband']
+    ['compute', 'nvlink4', 'memory bandwidth', 'infiniband', 'host']
     """
     found: dict[str, float] = {}
     for cause, seconds in answer.time.by_cause.items():

@@ -15,7 +15,6 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -242,9 +241,3 @@ def _cause(failures: dict[int, tuple[str, str]]) -> str:
     rank, (message, _) = ranked[0]
     where = [line.strip() for line in ranked[0][1][1].splitlines() if line.strip().startswith("File")]
     return f"rank {rank} failed: {message} ({where[-1] if where else 'nowhere'})"
-
-
-def run_cases(cases: Sequence[Case], **options: Any) -> list[list[Any]]:
-    """Execute cases one after the other on one set of processes."""
-    with Pool(max(case.plan.num_gpus for case in cases), **options) as pool:
-        return [pool.run(case) for case in cases]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
@@ -96,6 +97,10 @@ def torch(
     layers: Annotated[str, typer.Option("--layers", metavar="N", help="Layers of the small model.")] = "4",
     hidden_size: Annotated[str, typer.Option("--hidden-size", metavar="N", help="Width of the small model.")] = "64",
     matrix: Annotated[bool, typer.Option("--matrix", help="Every strategy on every kind of model instead.")] = False,
+    table: Annotated[
+        str | None,
+        typer.Option("--table", metavar="FILE", help="With --matrix: CSV that keeps what was executed; goes on there."),
+    ] = None,
     timed_steps: Annotated[
         str | None, typer.Option("--timed-steps", metavar="N", help="Also time so many steps, without a recorder.")
     ] = None,
@@ -136,6 +141,7 @@ def torch(
     Examples:
       simllm validate torch llama-3-70b --tp 2 --dp 2 --zero 3
       simllm validate torch llama-3-70b --fake --world-size 1024 --tp 8 --zero 3 --precision bf16 --seq-len 8k
+      simllm validate torch --matrix --table matrix.csv
       simllm validate torch gpt2 --device cpu --threads 1 --profile my-box.yaml --seq-len 256,512 --recompute full
     """
     check_output(output)
@@ -165,8 +171,9 @@ def torch(
     if backend not in ("gloo", "nccl"):
         raise InputError(f"--backend={backend} must be gloo or nccl")
     if matrix:
-        _matrix(limit, as_json, output)
-        return 0
+        return _matrix(None if table is None else Path(table), limit, as_json, output)
+    if table is not None:
+        raise InputError("--table keeps what --matrix executes: give --matrix too")
     if model is None:
         raise InputError("give a MODEL, or --matrix")
     spec = load_model(model).spec
@@ -251,12 +258,11 @@ def _answer(case: Case, fake: bool, backend: str, timeout_s: float, as_json: boo
         raise typer.Exit(1)
 
 
-def _matrix(timeout_s: float, as_json: bool, output: str | None) -> None:
+def _matrix(path: Path | None, timeout_s: float, as_json: bool, output: str | None) -> int:
     from simllm.report.execution import matrix_report
     from simllm.validation.execution.matrix import run_matrix
 
     with progress("cases executed") as tick:
-        rows = run_matrix(timeout_s=timeout_s, progress=tick)
+        rows = run_matrix(path=path, timeout_s=timeout_s, progress=tick)
     emit(lambda: [row.to_dict() for row in rows], lambda: matrix_report(rows), as_json, output)
-    if not all(row.ok for row in rows if row.status == "executed"):
-        raise typer.Exit(1)
+    return 0 if all(row.ok or row.status == "refused" for row in rows) else 1

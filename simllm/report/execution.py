@@ -107,7 +107,7 @@ def matrix_report(rows: Sequence[MatrixRow]) -> list[RenderableType]:
             "model cannot do it."
         ),
         Text(),
-        table(("strategy", *models), lines, left=("strategy",)),
+        table(("strategy", *(model.replace("-", "\n") for model in models)), lines, left=("strategy",)),
         *notes("Off", off),
         *notes("Failed", failed),
         *notes("Not executed", [reason for reason in reasons if reason not in failed]),

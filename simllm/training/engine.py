@@ -6,7 +6,7 @@ over plans mostly finds the blocks it needs already priced.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
 from operator import add
@@ -273,10 +273,9 @@ class Engine:
         """Forward and backward of a block, nothing recomputed, and the seconds of its weights' gradients."""
         collectives = block_collectives(graph, layout, self.impl)
         forward = reduce(add, self._operators(graph, layout), Cost())
+        reversed_too = [operator for operator in graph.operators if graph.runs_backward(operator)]
         gradients = [
-            self.operator_backward(operator, layout, graph.needs_input_gradient(operator))
-            for operator in graph.operators
-            if graph.runs_backward(operator)
+            self.operator_backward(operator, layout, graph.needs_input_gradient(operator)) for operator in reversed_too
         ]
         weights = reduce(add, (of_weights for _, of_weights in gradients), Cost())
         backward = reduce(add, (of_inputs for of_inputs, _ in gradients), weights)
@@ -285,20 +284,9 @@ class Engine:
         forward += self._communication(ahead, groups, forward.attention)
         backward += self._communication(behind, groups, backward.attention)
         if is_layer:
-            costs = self.stack.costs
-            host, join = costs.host_per_layer_forward.si, costs.host_join.si
-            ratio = costs.host_backward_ratio.si
-            # The figures are for the operators of a layer: what is added to it is launched too, what does not run
-            # backward is not.
-            own = _own_operators(graph)
-            behind_share = sum(graph.runs_backward(operator) for operator in graph.operators) / own
-            ahead_s, behind_s = forward.total - forward.host, backward.total - backward.host
-            forward += Cost(host=launch_s(host * (len(graph.operators) / own), ahead_s, join))
-            backward += Cost(host=launch_s(host * ratio * behind_share, behind_s, join))
-            wait = self.stack.costs.expert_wait
-            if wait is not None and any(isinstance(operator, Dispatch) for operator in graph.operators):
-                forward += Cost(host=wait.si)
-                backward += Cost(host=wait.si * ratio)
+            ratio = self.stack.costs.host_backward_ratio.si
+            forward += self._host(graph.operators, graph, forward)
+            backward += self._host(reversed_too, graph, backward, ratio)
         return forward, backward, weights.total
 
     def _price_again(self, graph: Graph, layout: Layout, groups: BlockGroups, policy: Recompute) -> float:
@@ -312,8 +300,20 @@ class Engine:
         collectives = block_collectives(graph, layout, self.impl)
         ahead = [c for c in collectives if c.phase == "forward" and c.operator in names]
         again += self._communication(ahead, groups, again.attention)
-        host = self.stack.costs.host_per_layer_forward.si * len(rerun) / _own_operators(graph)
-        return again.total + launch_s(host, again.total, self.stack.costs.host_join.si)
+        return (again + self._host(rerun, graph, again)).total
+
+    def _host(self, operators: Sequence[Operator], graph: Graph, cost: Cost, ratio: float = 1.0) -> Cost:
+        """What the host adds to the kernels of a layer's operators: launches that show, and waits for routed counts.
+
+        The figures of a stack are for a layer's own operators: what is added to it is launched too, and what a pass
+        leaves out is not. ``ratio`` is a launch of the pass over one of the forward pass.
+        """
+        costs = self.stack.costs
+        launched = ratio * costs.host_per_layer_forward.si * len(operators) / _own_operators(graph)
+        seconds = launch_s(launched, cost.total - cost.host, costs.host_join.si)
+        if costs.expert_wait is not None and any(isinstance(operator, Dispatch) for operator in operators):
+            seconds += ratio * costs.expert_wait.si
+        return Cost(host=seconds)
 
     def stream_s(self, size_bytes: float, kind: str = "") -> float:
         """Seconds of a kernel of a kind that moves so many bytes."""

@@ -1,12 +1,8 @@
-"""Every strategy on every kind of model, as one table: ``python -m simllm.validation.execution.matrix FILE.csv``.
-
-The command adds the rows that the file lacks, each when it is done.
-"""
+"""Every strategy on every kind of model, as one table: ``simllm validate torch --matrix``."""
 
 from __future__ import annotations
 
 import csv
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +17,7 @@ from simllm.models.spec import ModelSpec
 from simllm.parallel.plan import Plan
 from simllm.validation.execution.sizes import shrink
 
-__all__ = ["MODELS", "STRATEGIES", "MatrixRow", "fill_table", "matrix_case", "run_matrix"]
+__all__ = ["MODELS", "STRATEGIES", "MatrixRow", "matrix_case", "run_matrix"]
 
 #: One model of the catalog for each kind of architecture.
 MODELS: Final[Mapping[str, str]] = {
@@ -151,6 +147,25 @@ class MatrixRow:
             "reason": self.reason,
         }
 
+    @classmethod
+    def from_dict(cls, record: Mapping[str, str]) -> MatrixRow:
+        """A record of a table, which holds no times."""
+        return cls(
+            model=record["model"],
+            strategy=record["strategy"],
+            plan=record["plan"],
+            status=record["status"],
+            compared=int(record["quantities"]),
+            off=tuple(record["off"].split("; ")) if record["off"] else (),
+            peak_error=float(record["peak_memory_error"]),
+            gradient_error=float(record["gradient_error"]),
+            reason=record["reason"],
+        )
+
+
+#: Columns of a table of rows: those of a record and where it was executed.
+_COLUMNS = (*MatrixRow(model="", strategy="", plan="", status="").to_dict(), "source")
+
 
 def matrix_case(spec: ModelSpec, strategy: Mapping[str, Any]) -> Any:
     """The case of a strategy on a small model, checked."""
@@ -170,6 +185,8 @@ def matrix_case(spec: ModelSpec, strategy: Mapping[str, Any]) -> Any:
 def run_matrix(
     models: Iterable[str] = tuple(MODELS),
     strategies: Iterable[str] = tuple(STRATEGIES),
+    *,
+    path: Path | None = None,
     timeout_s: float = 300.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[MatrixRow]:
@@ -179,23 +196,65 @@ def run_matrix(
     ----------
     models, strategies : iterable of str
         Names in `MODELS` (or of the catalog) and `STRATEGIES`.
+    path : Path, optional
+        CSV file that keeps the rows, each as soon as it is done: what it holds is not executed again, so that a run
+        which was interrupted goes on where it was. Made where there is none.
     timeout_s : float
         Of each case.
     progress : callable, optional
         Told how many cases are done, of how many.
+
+    Raises
+    ------
+    InputError
+        The file cannot be read or written, or is not such a table.
     """
     wanted = list(product(models, strategies))
-    rows: list[MatrixRow] = []
-    for row in _rows(wanted, timeout_s):
-        rows.append(row)
+    found = {} if path is None else _read_table(path)
+    missing = [pair for pair in wanted if pair not in found]
+    for row in _rows(missing, timeout_s):
+        found[row.model, row.strategy] = row
+        if path is not None:
+            _append(path, row)
         if progress is not None:
-            progress(len(rows), len(wanted))
-    return rows
+            progress(len(wanted) - len(missing) + sum(pair in found for pair in missing), len(wanted))
+    return [found[pair] for pair in wanted]
+
+
+def _read_table(path: Path) -> dict[tuple[str, str], MatrixRow]:
+    if not path.exists():
+        _append(path, None)
+        return {}
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = [MatrixRow.from_dict(record) for record in csv.DictReader(file)]
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except (KeyError, TypeError, ValueError):
+        raise InputError(
+            f"{path} is not a table of executed strategies; its columns are {', '.join(_COLUMNS)}"
+        ) from None
+    return {(row.model, row.strategy): row for row in rows}
+
+
+def _append(path: Path, row: MatrixRow | None) -> None:
+    """Add a row to a table, or begin one."""
+    import torch
+
+    source = f"executed by simllm: torch {torch.__version__.partition('+')[0]} CPU, gloo, {_RANKS} processes"
+    try:
+        with path.open("a", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
+            writer.writeheader() if row is None else writer.writerow({**row.to_dict(), "source": source})
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def _rows(wanted: Sequence[tuple[str, str]], timeout_s: float) -> Iterator[MatrixRow]:
     from simllm.validation.execution.pool import ExecutionError, Pool
 
+    if not wanted:
+        return
     pool = Pool(_RANKS, timeout_s=timeout_s)
     try:
         for name, strategy in wanted:
@@ -233,36 +292,3 @@ def _run(pool: Any, name: str, spec: ModelSpec, strategy: str) -> MatrixRow:
         gradient_error=float(gradient.executed),
         seconds=time.perf_counter() - begin,
     )
-
-
-def fill_table(path: Path, timeout_s: float = 300.0) -> None:
-    """Execute what a table lacks, row by row: a run that was interrupted goes on where it was.
-
-    Parameters
-    ----------
-    path : Path
-        CSV file; made where there is none.
-    timeout_s : float
-        Of each case.
-    """
-    import torch
-
-    there: set[tuple[str, str]] = set()
-    if path.exists():
-        with path.open(encoding="utf-8", newline="") as file:
-            there = {(record["model"], record["strategy"]) for record in csv.DictReader(file)}
-    wanted = [pair for pair in product(MODELS, STRATEGIES) if pair not in there]
-    source = f"executed by simllm: torch {torch.__version__.partition('+')[0]} CPU, gloo, {_RANKS} processes"
-    with path.open("a", encoding="utf-8", newline="") as file:
-        for row in _rows(wanted, timeout_s):
-            record = {**row.to_dict(), "source": source}
-            writer = csv.DictWriter(file, list(record), lineterminator="\n")
-            if not there:
-                writer.writeheader()
-            there.add((row.model, row.strategy))
-            writer.writerow(record)
-            file.flush()
-
-
-if __name__ == "__main__":
-    fill_table(Path(sys.argv[1]))

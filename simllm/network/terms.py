@@ -151,6 +151,7 @@ def candidates(
     hops: Sequence[Hops],
     loads: Sequence[Load],
     slots: float = 1,
+    slot_of: Sequence[Curve | SwitchCurve] = (),
     overlapped: bool = False,
     scaleup_bytes: float,
     scaleout_bytes: float,
@@ -170,6 +171,8 @@ def candidates(
         Dependent steps, and traffic.
     slots : float
         Into how many slots the buffer is cut: the ranks of a ring, 1 in a tree.
+    slot_of : sequence of Curve or SwitchCurve
+        Curves whose slots end the short protocols; of all links by default.
     overlapped : bool
         Whether steps hide behind their bytes.
     scaleup_bytes, scaleout_bytes : float
@@ -207,7 +210,7 @@ def candidates(
                 scaleout_bytes=scaleout_bytes,
                 bottleneck=worst.link,
                 bottleneck_bandwidth=worst.bandwidth,
-                most_bytes=slots * min(curve.slot_bytes(name) for curve in used),
+                most_bytes=slots * min(curve.slot_bytes(name) for curve in slot_of or used),
             )
         )
     return tuple(found)

@@ -75,6 +75,7 @@ def tree(fabric: Fabric) -> tuple[Terms, ...]:
             Hops(count=2 * log2(blocks), curve=curve),
         ],
         loads=loads,
+        slot_of=[curve],  # a slot of the rings inside is a part of the buffer, one of the tree is all of it
         scaleup_bytes=inside,
         scaleout_bytes=2 * (blocks - 1) / fabric.size,
     )

@@ -209,6 +209,19 @@ def test_tree() -> None:
     assert terms.scaleup_bytes + terms.scaleout_bytes == pytest.approx(2 * 31 / 32)
     assert tree(view(8, 1)) == ()
 
+    # Its short protocols end where its own slots do, the whole buffer; those of the rings inside are parts of it.
+    inner, outer = (
+        Protocol(
+            step=_us(0.1), efficiency=_part(0.1), slot=Bytes(value=kib, unit="KiB", source="test", basis="assumed")
+        )
+        for kib in (4, 64)
+    )
+    up = msgspec.structs.replace(UP, ring=msgspec.structs.replace(UP.ring, ll=inner))
+    assert OUT.tree is not None
+    out = msgspec.structs.replace(OUT, tree=msgspec.structs.replace(OUT.tree, ll=outer))
+    short = tree(replace(view(32, 4), up=up, out=out))[0]
+    assert (short.protocol, short.most_bytes) == ("LL", 65536)
+
 
 def test_nvls() -> None:
     # 8 GPUs send S + S/8 at 50 GB/s, whatever their number the latency is 30 us.

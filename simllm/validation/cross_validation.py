@@ -8,8 +8,10 @@ fitted to says less: those are scored as if they were new.
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any, Literal
 
 from simllm.errors import InputError
@@ -19,7 +21,7 @@ from simllm.network.measurements import Sweep
 from simllm.validation.collectives import REGIMES, regime
 from simllm.validation.scoring import Outcome, Score, score, score_by
 
-__all__ = ["Prediction", "cross_validate", "deal", "left_out"]
+__all__ = ["Prediction", "cross_validate", "deal", "elsewhere", "left_out"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +129,8 @@ def cross_validate(
     -------
     dict
         For ``sweeps`` and ``systems``: errors overall, by regime, by regime without machines that are only guessed at,
-        and by regime of points over link classes that nothing else was fitted to.
+        and by regime of points over link classes that nothing else was fitted to; of systems also what `elsewhere`
+        says.
 
     Raises
     ------
@@ -145,8 +148,61 @@ def cross_validate(
         if progress is not None:
             progress(done, len(labels))
         predictions = left_out(sweeps, "sweep" if what == "sweeps" else "system", parts)
-        found[what] = {name: result.to_dict() for name, result in _scores(predictions).items()}
+        scores = _scores(predictions)
+        if what == "systems":
+            scores |= elsewhere(predictions)
+        found[what] = {name: result.to_dict() for name, result in scores.items()}
     return found
+
+
+def elsewhere(predictions: Sequence[Prediction]) -> dict[str, Score]:
+    """What a measurement on other machines with the same devices is worth as a prediction, beside the model's.
+
+    Systems with as many GPUs of one kind in a domain differ by their hosts and the versions of their software, which a
+    table seldom states: where one of them was left out of the fit, what the others measured for the same collective,
+    interpolated in the logarithms and the median of them, could have been used in place of a model.
+
+    Parameters
+    ----------
+    predictions : sequence of Prediction
+        Made without the system of each.
+
+    Returns
+    -------
+    dict
+        By regime, of the points that have such relatives: errors of their measurements, and those of the model.
+    """
+    relatives: dict[tuple[object, ...], list[Sweep]] = defaultdict(list)
+    for found in predictions:
+        if (question := _question(found.sweep)) is not None:
+            relatives[question].append(found.sweep)
+    points: dict[str, list[_Point]] = {", as others measured": [], ", the same points": []}
+    for number, found in enumerate(predictions):
+        others = [one for one in relatives.get(_question(found.sweep) or (), ()) if one.system != found.sweep.system]
+        for point, size in zip(_points(number, found), found.sweep.sizes_bytes, strict=True):
+            times = [time for one in others if (time := _interpolated(one, size)) is not None]
+            if times:
+                outcome = replace(point.outcome, predicted=median(times))
+                points[", as others measured"].append(replace(point, outcome=outcome))
+                points[", the same points"].append(point)
+    return {name: result for what, some in points.items() for name, result in _by_regime(some, what).items()}
+
+
+def _question(sweep: Sweep) -> tuple[object, ...] | None:
+    """What machines with the same devices answer alike, if only those matter."""
+    inside = fabric(sweep.cluster, sweep.group).out is None
+    known = sweep.fitted and inside and sweep.group.ranks_per_process == 1
+    return (sweep.cluster.accelerator.name, sweep.operation, sweep.group, sweep.algorithm) if known else None
+
+
+def _interpolated(sweep: Sweep, size: float) -> float | None:
+    """The time of a size between those measured, along a straight line in the logarithms."""
+    import numpy as np
+
+    sizes = np.asarray(sweep.sizes_bytes)
+    if not sizes[0] <= size <= sizes[-1]:
+        return None
+    return float(np.exp(np.interp(np.log(size), np.log(sizes), np.log(sweep.times_s))))
 
 
 def _scores(predictions: Sequence[Prediction]) -> dict[str, Score]:

@@ -26,7 +26,7 @@ from simllm.network.fabric import fabric
 from simllm.network.measurements import Sweep
 from simllm.validation.collective_rows import measured_series, measurement, operation_name, read_rows
 from simllm.validation.collectives import REGIMES, CollectiveReport, regime, validate_collectives
-from simllm.validation.cross_validation import cross_validate
+from simllm.validation.cross_validation import Prediction, cross_validate, elsewhere
 from simllm.validation.link_fit import fit_links, measured_sweeps
 from simllm.validation.link_profile import link_yaml
 from simllm.validation.nccl_log import log_rows, parse_log
@@ -702,6 +702,28 @@ def test_left_out_sweeps_are_not_seen() -> None:
     assert errors["sweeps"]["all"]["count"] == 2 * len(first.times_s)
     # Each is predicted from the other alone: one a hundred times too slow, one a hundred times too fast.
     assert errors["sweeps"]["all"]["mean_absolute_percentage_error"] > 1000
+
+
+def test_what_others_measured_on_the_same_devices() -> None:
+    first = eight_gpus_of_two_kinds()[0]
+    assert "H" in first.system
+    slow = replace(first, name="slow", system="another host", times_s=tuple(2 * time for time in first.times_s[::2]))
+    slow = replace(slow, sizes_bytes=first.sizes_bytes[::2])
+    other = replace(first, name="other", system="another group", group=Group(size=2))
+    predictions = [
+        Prediction(sweep=one, times_s=tuple(1.1 * time for time in one.times_s), system_seen=False, class_seen=True)
+        for one in (first, slow, other)
+    ]
+    errors = elsewhere(predictions)
+    small = REGIMES[-1][0]
+    theirs, ours = errors[f"{small}, as others measured"], errors[f"{small}, the same points"]
+    # Twice the time one way and half of it the other; sizes between those that were measured are interpolated.
+    assert theirs.p90_absolute_percentage_error == pytest.approx(100, rel=0.1)
+    assert theirs.mean_absolute_percentage_error > 50
+    assert ours.mean_absolute_percentage_error == pytest.approx(10)
+    within = [size for size in first.sizes_bytes if size < 65536 and size <= slow.sizes_bytes[-1]]
+    assert theirs.count == ours.count == len(within) + sum(size < 65536 for size in slow.sizes_bytes)
+    assert elsewhere(predictions[:1]) == {}
 
 
 @pytest.mark.parametrize("folds", [1, 10])

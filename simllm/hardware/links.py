@@ -254,6 +254,27 @@ class Posting(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     message: Seconds
 
 
+class Tuning(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the library believes of its rings inside a domain when it chooses their protocol.
+
+    Attributes
+    ----------
+    model : {"nccl-nvlink", "nccl-pci", "nccl-2-10-nvlink"}
+        Its constants, see `simllm.network.tuning`.
+    bus : Figure
+        What the rings carry that it finds.
+    pair_bus : Figure or None
+        The same between two devices; None for `bus`.
+    ll : Figure or None
+        The most that it takes LL to reach; None for no such limit.
+    """
+
+    model: Literal["nccl-nvlink", "nccl-pci", "nccl-2-10-nvlink"]
+    bus: BytesPerSecond
+    pair_bus: BytesPerSecond | None = None
+    ll: BytesPerSecond | None = None
+
+
 class Earlier(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What older versions of the library made of the same wires.
 
@@ -315,6 +336,8 @@ class Link(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         Of a scale-up link: the most GPUs of a domain through which one collective leaves it; None for all of them.
     posting : Posting or None
         Of a scale-up link: cost of driving several GPUs from one process.
+    tuning : Tuning or None
+        Of a scale-up link: how the library chooses the protocol of a ring; None where it is only known from slots.
     tuner : bool
         Of a scale-out link: whether a plugin of its provider chooses algorithms, not the library.
     """
@@ -340,16 +363,17 @@ class Link(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     shared: bool = False
     rails: Count | None = None
     posting: Posting | None = None
+    tuning: Tuning | None = None
     tuner: bool = False
     overlap: Extra | None = None
 
     def __post_init__(self) -> None:
         if self.scope == "scale-up" and not self.algorithms:
             raise ValueError(f"a scale-up link names the algorithms of its library; use {', '.join(ALGORITHMS)}")
-        inside = (self.algorithms, self.rails, self.posting, self.shared, self.pair, self.host_limit)
+        inside = (self.algorithms, self.rails, self.posting, self.shared, self.pair, self.host_limit, self.tuning)
         if self.scope == "scale-out" and any(inside):
             raise ValueError(
-                "algorithms, rails, posting, shared, pair and host_limit belong to the scale-up link of a system"
+                "algorithms, rails, posting, shared, pair, host_limit and tuning belong to the scale-up link"
             )
         if self.scope == "scale-up" and self.tuner:
             raise ValueError("tuner belongs to the scale-out link of a system")

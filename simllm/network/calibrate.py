@@ -180,10 +180,14 @@ def calibrate(
             here = _with_values(here, {path: figures_of(link)[path].value})
         logs = fit(link, logs)
     # What a fit has once made too slow to be chosen has no say any more. The short protocols begin again where those of
-    # the class it is like are, and the better end is kept.
+    # the class it is like are, and where the library's own constants have them, and the best end is kept.
     short = [".ll" in path for path in smooth]
-    again = fit(link, np.where(short, np.minimum(centre, upper - 1e-6), logs))
-    logs = min((logs, again), key=lambda found: _soft(residuals(found, link)))
+    vendor = _farthest(link, known)
+    own_constants = np.log([max(vendor.get(path, figures[path].value), 1e-3) for path in smooth])
+    ends = [logs]
+    for begin in (centre, own_constants):
+        ends.append(fit(link, np.where(short, np.minimum(begin, upper - 1e-6), logs)))
+    logs = min(ends, key=lambda found: _soft(residuals(found, link)))
     # Three digits are more than the measurements hold, and a profile that people can read.
     fitted = with_logs(link, np.log([float(f"{value:.3g}") for value in np.exp(logs)]))
     off = np.abs(np.expm1(errors(fitted)))
@@ -279,6 +283,8 @@ def _like(link: Link, trial: Link) -> Link:
     parts = {}
     for name in link.__struct_fields__:
         own, other = getattr(link, name), getattr(trial, name)
+        if name == "tuning":  # of a generation of devices, which the others do not share
+            continue
         if isinstance(own, msgspec.Struct) and type(own) is type(other):
             parts[name] = _part_like(own, other)
     return msgspec.structs.replace(link, **parts)
@@ -317,6 +323,18 @@ def _near(link: Link, classes: Mapping[str, Link]) -> dict[str, float]:
         else:
             found[path] = _in_unit(figure, near[there])
     return found
+
+
+def _farthest(link: Link, classes: Mapping[str, Link]) -> dict[str, float]:
+    """Figures of the class at the end of the chain of likenesses, in the units of this one, by key path."""
+    last = link
+    while last.like is not None:
+        near = classes.get(last.like)
+        # A fit to one machine has the class itself stand in for what it is like.
+        last = load_link(last.like) if near is None or near.name == last.name else near
+    figures, there = figures_of(link), figures_of(last)
+    kin = {path: path if path in there else path.replace("pair.", "ring.") for path in figures}
+    return {path: _in_unit(figures[path], there[other]) for path, other in kin.items() if other in there}
 
 
 def _own_rings(link: Link) -> dict[str, str]:

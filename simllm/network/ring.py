@@ -29,6 +29,7 @@ from dataclasses import replace
 from simllm.hardware.links import Curve
 from simllm.network.fabric import Fabric
 from simllm.network.terms import Hops, Load, Terms, candidates, eager
+from simllm.network.tuning import reaches
 
 __all__ = ["broadcast", "ring"]
 
@@ -50,6 +51,7 @@ def ring(fabric: Fabric, passes: int) -> tuple[Terms, ...]:
     inside = wire if fabric.out is None else wire * (g - 1) / g
     crossings = passes * (fabric.domain.blocks - 1)
     up, out = fabric.up_ring, fabric.out.ring if fabric.out else None
+    tuning = None if out else fabric.up.tuning
     copied = up.copied_slots / n if g > 1 else 0.0
     return candidates(
         "ring",
@@ -57,6 +59,7 @@ def ring(fabric: Fabric, passes: int) -> tuple[Terms, ...]:
         hops=_hops(up, out, passes * (n - 1) - crossings, crossings),
         loads=_loads(fabric, up, out, inside + copied, wire),
         slots=n,
+        reach=None if tuning is None else reaches(tuning, n, passes),
         overlapped=True,
         scaleup_bytes=inside,
         scaleout_bytes=wire - inside,

@@ -12,8 +12,8 @@ smooth maximum (an all-reduce of 4 B300: 77 us of steps and 153 us of bytes take
 
 NCCL's protocols trade the cost of a step against bandwidth: LL writes a flag beside every 4 bytes, LL128 beside every
 120, Simple synchronises once a chunk (src/graph/tuning.cc, hwLat). Each that a link class has is a candidate with its
-own step and its own part of the wire; the short ones end at the largest slot for which the library still uses them,
-which is where published sweeps step up (an all-gather of 4 B200 from 25 us at 4 MiB to 51 us at 8 MiB).
+own step and its own part of the wire; the short ones end where the library stops using them, which is where published
+sweeps step up: by its own model for rings inside a domain (`simllm.network.tuning`), at a largest slot elsewhere.
 
 All constants are non-negative, no bandwidth stands in a numerator and no limit depends on a bandwidth, so more bytes
 are never faster and more bandwidth is never slower.
@@ -21,7 +21,7 @@ are never faster and more bandwidth is never slower.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import hypot, sqrt
 from typing import TYPE_CHECKING
@@ -152,6 +152,7 @@ def candidates(
     loads: Sequence[Load],
     slots: float = 1,
     slot_of: Sequence[Curve | SwitchCurve] = (),
+    reach: Mapping[str, float] | None = None,
     overlapped: bool = False,
     scaleup_bytes: float,
     scaleout_bytes: float,
@@ -173,6 +174,9 @@ def candidates(
         Into how many slots the buffer is cut: the ranks of a ring, 1 in a tree.
     slot_of : sequence of Curve or SwitchCurve
         Curves whose slots end the short protocols; of all links by default.
+    reach : mapping of str to float, optional
+        The largest buffer for each protocol where the library's own model is known (`simllm.network.tuning`), instead
+        of slots; those that are not there are never used.
     overlapped : bool
         Whether steps hide behind their bytes.
     scaleup_bytes, scaleout_bytes : float
@@ -196,6 +200,8 @@ def candidates(
     for name in PROTOCOLS:
         if not all(curve.has(name) for curve in used) or (protocol and name != "Simple"):
             continue
+        if reach is not None and name not in reach:
+            continue
         worst = max(loads, key=lambda load: load.s_per_byte(name))
         stepping_s = sum(hop.latency_s(name) for hop in hops)
         found.append(
@@ -210,7 +216,9 @@ def candidates(
                 scaleout_bytes=scaleout_bytes,
                 bottleneck=worst.link,
                 bottleneck_bandwidth=worst.bandwidth,
-                most_bytes=slots * min(curve.slot_bytes(name) for curve in slot_of or used),
+                most_bytes=slots * min(curve.slot_bytes(name) for curve in slot_of or used)
+                if reach is None
+                else reach[name],
             )
         )
     return tuple(found)

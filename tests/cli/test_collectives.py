@@ -159,7 +159,7 @@ def test_calibrate_collectives(cli, tmp_path: Path, monkeypatch) -> None:
     assert Path("again.yaml").read_text() == Path("links.yaml").read_text()
     assert (link["name"], link["points"], answer["written"]) == ("nvlink4", 21, {"nvlink4": "again.yaml"})
     assert link["median_absolute_percentage_error"] < 3
-    assert {"before", "fitted", "unit"} == set(link["figures"]["ring.launch"])
+    assert {"before", "fitted", "unit"} == set(link["figures"]["ring.ll.launch"])
     assert len(link["sweeps"][0]["residuals"]) == 21
     assert cli("hardware check links.yaml").status == 0
 

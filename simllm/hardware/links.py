@@ -44,6 +44,9 @@ ALGORITHMS: tuple[str, ...] = ("ring", "tree", "nvls", "nvls_tree", "collnet", "
 #: Ways to move a slot, from the cheapest step to the highest bandwidth (NCCL's names).
 PROTOCOLS: tuple[str, ...] = ("LL", "LL128", "Simple")
 
+# What the flags of a protocol leave of a wire (NCCL, src/graph/tuning.cc).
+_LEFT_BY_FLAGS: dict[str, float] = {"LL": 0.5, "LL128": 0.92}
+
 
 class Seconds(Figure, frozen=True):
     """A duration; may be zero."""
@@ -82,10 +85,13 @@ class Protocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     Attributes
     ----------
-    step : Figure
-        One step on the critical path.
-    efficiency : Figure
-        Part of the wire's bandwidth that it reaches.
+    step : Figure or None
+        One step on the critical path; None where calls that follow each other hide them.
+    efficiency : Figure or None
+        Part of the wire's bandwidth that it reaches; None for what its flags leave of that of large messages, a half
+        of it in LL and 0.92 in LL128 (NCCL, src/graph/tuning.cc).
+    rate : Figure or None
+        What the threads that move one message reach over any wire; None where the wire alone limits them.
     slot : Figure or None
         The largest slot (what one step carries) that the library sends in it; None for any.
     launch : Figure or None
@@ -95,8 +101,9 @@ class Protocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """
 
     launch: Seconds | None = None
-    step: Seconds
-    efficiency: Part
+    step: Seconds | None = None
+    efficiency: Part | None = None
+    rate: BytesPerSecond | None = None
     slot: Bytes | None = None
     ramp: Seconds | None = None
 
@@ -122,7 +129,7 @@ class Curve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     copy : Figure or None
         Slots that each GPU copies locally, for rings and all-to-all; None for none.
     injection : Figure or None
-        Of a broadcast: the rate at which the root hands short messages to the ring and goes on to the next call; of a
+        Of a broadcast: the rate at which the fewest threads that the library starts hand short messages on; of a
         scale-out link: in a ring that crosses it, None for that of the link inside.
     chunk : Figure or None
         Of a broadcast: what all channels together hand over at a time, where it arrives whole before it goes on; None
@@ -154,7 +161,9 @@ class Curve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     def step_s(self, protocol: str) -> float:
         """One step on the critical path."""
         short = self._short(protocol)
-        return self.step.si if short is None else short.step.si
+        if short is None:
+            return self.step.si
+        return 0.0 if short.step is None else short.step.si
 
     def inner_step_s(self, protocol: str, inside: Curve) -> float:
         """A step over the link ``inside`` the domains, in a collective that crosses this one."""
@@ -165,7 +174,14 @@ class Curve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     def part(self, protocol: str) -> float:
         """The part of the wire that large enough messages reach."""
         short = self._short(protocol)
-        return self.efficiency.si if short is None else short.efficiency.si
+        if short is None:
+            return self.efficiency.si
+        return _LEFT_BY_FLAGS[protocol] * self.efficiency.si if short.efficiency is None else short.efficiency.si
+
+    def rate(self, protocol: str) -> float:
+        """What one message reaches over any wire, bytes/s."""
+        short = self._short(protocol)
+        return float("inf") if short is None or short.rate is None else short.rate.si
 
     def slot_bytes(self, protocol: str) -> float:
         """The largest slot that the library sends so."""
@@ -230,6 +246,10 @@ class SwitchCurve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         """The part of the wire that large enough messages reach."""
         return self.efficiency.si
 
+    def rate(self, protocol: str) -> float:
+        """No limit."""
+        return float("inf")
+
     def slot_bytes(self, protocol: str) -> float:
         """No limit."""
         return float("inf")
@@ -259,8 +279,8 @@ class Tuning(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     Attributes
     ----------
-    model : {"nccl-nvlink", "nccl-pci", "nccl-2-10-nvlink"}
-        Its constants, see `simllm.network.tuning`.
+    model : {"nccl-nvlink", "nccl-pcie", "nccl-2-8-nvlink"}
+        The link class with its latencies, see `simllm.network.tuning`.
     bus : Figure
         What the rings carry that it finds.
     pair_bus : Figure or None
@@ -269,7 +289,7 @@ class Tuning(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         The most that it takes LL to reach; None for no such limit.
     """
 
-    model: Literal["nccl-nvlink", "nccl-pci", "nccl-2-10-nvlink"]
+    model: Literal["nccl-nvlink", "nccl-pcie", "nccl-2-8-nvlink"]
     bus: BytesPerSecond
     pair_bus: BytesPerSecond | None = None
     ll: BytesPerSecond | None = None

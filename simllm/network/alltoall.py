@@ -44,6 +44,7 @@ def all_to_all(fabric: Fabric) -> tuple[Terms, ...]:
                 share=inside + up.copied_slots / n,
                 bandwidth=fabric.shuffle_bandwidth,
                 curve=up,
+                messages=g - 1,
             )
         )
     if fabric.out is not None:

@@ -46,6 +46,10 @@ _PULL = 0.2
 # while latencies differ by factors. Off by a tenth, such a figure weighs as much as a point that is off by a tenth.
 _PULL_EFFICIENCY = 1.0
 
+# More bytes never take less time, but a measurement may fall into a pause of the machine. What is slower than a larger
+# message of its sweep by so much is not fitted, though it is judged; where protocols change, libraries lose up to 1.2.
+_DISTURBED = 1.25
+
 # Sizes at which a library may change protocol are powers of two; those that are tried, in bytes.
 _SLOTS = tuple(float(2**power) for power in range(10, 25))
 
@@ -114,7 +118,13 @@ def calibrate(
 
     known = classes or {}
     family = _family(link, known)
-    used = [(s, view) for s in sweeps if s.fitted for one in family if (view := _view(one, s, known)) is not None]
+    used = [
+        (_undisturbed(s), view)
+        for s in sweeps
+        if s.fitted
+        for one in family
+        if (view := _view(one, s, known)) is not None
+    ]
     if not used:
         raise InputError(f"no sweep runs over {link.name}; give measurements of a system with such links")
     figures = figures_of(link)
@@ -131,7 +141,8 @@ def calibrate(
 
     pulls = np.array([_PULL_EFFICIENCY if path in _EFFICIENCIES else _PULL for path in smooth])
 
-    own = {path: there for path, there in _own_rings(link).items() if there in smooth}
+    # Send and receive follow the all-to-all and have no say in it: of those sweeps only the sum of its constants shows.
+    own = {path: there for path, there in _own_kin(link).items() if there in smooth and not path.startswith("p2p.")}
 
     def with_logs(base: Link, logs: NDArray[np.float64]) -> Link:
         values = dict(zip(smooth, np.exp(logs), strict=True))
@@ -239,6 +250,18 @@ def predict(sweep: Sweep, classes: Mapping[str, Link] | None = None) -> NDArray[
     return _times(sweep, _with_classes(view, classes or {}), np.asarray(sweep.sizes_bytes))
 
 
+def _undisturbed(sweep: Sweep) -> Sweep:
+    """The sweep without the points that took a good deal longer than a larger message on the same machine did."""
+    least = float("inf")
+    kept = list[tuple[float, float]]()
+    for size, time in sorted(zip(sweep.sizes_bytes, sweep.times_s, strict=True), reverse=True):
+        least = min(least, time)
+        if time <= _DISTURBED * least:
+            kept.append((size, time))
+    sizes, times = zip(*reversed(kept), strict=True)
+    return replace(sweep, sizes_bytes=sizes, times_s=times)
+
+
 def _times(sweep: Sweep, view: Fabric, sizes: NDArray[np.float64]) -> NDArray[np.float64]:
     import numpy as np
 
@@ -310,18 +333,16 @@ def _near(link: Link, classes: Mapping[str, Link]) -> dict[str, float]:
     if link.like is None:
         return {}
     other = classes.get(link.like) or load_link(link.like)
-    figures, near = figures_of(link), figures_of(other)
     farther = {} if other.name == link.name else _near(other, classes)  # a fit to one machine stays near its class
+    figures, others = figures_of(link), figures_of(other)
     found = {}
-    for path, figure in figures.items():
-        there = path if path in near else path.replace("pair.", "ring.")
-        if there not in near:
-            continue
-        match = _BY_CLASS.match(near[there].source)
+    for path, (value, near) in _kin(link, other).items():
+        match = _BY_CLASS.match(near.source)
+        there = path if path in others else path.replace("pair.", "ring.")
         if match and match[1] != other.name and there in farther:
-            found[path] = farther[there] * to_si(1, near[there].unit) / to_si(1, figure.unit)
+            found[path] = farther[there] * to_si(1, near.unit) / to_si(1, figures[path].unit)
         else:
-            found[path] = _in_unit(figure, near[there])
+            found[path] = value
     return found
 
 
@@ -332,35 +353,50 @@ def _farthest(link: Link, classes: Mapping[str, Link]) -> dict[str, float]:
         near = classes.get(last.like)
         # A fit to one machine has the class itself stand in for what it is like.
         last = load_link(last.like) if near is None or near.name == last.name else near
-    figures, there = figures_of(link), figures_of(last)
-    kin = {path: path if path in there else path.replace("pair.", "ring.") for path in figures}
-    return {path: _in_unit(figures[path], there[other]) for path, other in kin.items() if other in there}
+    return {path: value for path, (value, _) in _kin(link, last).items()}
 
 
-def _own_rings(link: Link) -> dict[str, str]:
-    """Figures that a class takes from its own rings: their key paths and those of the rings."""
+def _kin(link: Link, other: Link) -> dict[str, tuple[float, Figure]]:
+    """Figures of another class by the key paths of this one and in its units, of its rings for unknown pairs."""
+    figures, there = figures_of(link), figures_of(other)
+    kin = {path: there.get(path) or there.get(path.replace("pair.", "ring.")) for path in figures}
+    return {path: (_in_unit(figures[path], near), near) for path, near in kin.items() if near is not None}
+
+
+def _own_path(path: str) -> str:
+    """Which figure of the same class stands in: of its all-to-all for send and receive, of its rings for the others."""
+    part, _, rest = path.partition(".")
+    return f"all_to_all.{rest}" if part == "p2p" else f"ring.{rest}"
+
+
+def _own_kin(link: Link) -> dict[str, str]:
+    """Figures that a class takes from others of its own: their key paths and those of the others."""
     figures = figures_of(link)
-    rings = {
-        path: f"ring.{path.partition('.')[2]}"
+    kin = {
+        path: _own_path(path)
         for path, figure in figures.items()
         if (match := _BY_CLASS.match(figure.source)) and match[1] == link.name
     }
-    return {path: ring for path, ring in rings.items() if ring in figures and figures[ring].unit == figures[path].unit}
+    return {path: own for path, own in kin.items() if own in figures and figures[own].unit == figures[path].unit}
 
 
 def _followed(link: Link, classes: Mapping[str, Link]) -> Link:
-    """The class with the figures that its sources take from another class, or from its own rings."""
-    values: dict[str, float] = {}
+    """The class with the figures that its sources take from another class, or from others of its own."""
     if link.like is None:
         return link
-    for path, figure in figures_of(link).items():
-        if (match := _BY_CLASS.match(figure.source)) and match[1] in classes:
-            own = match[1] == link.name
+    # What others lend first: what follows a figure of its own may follow one that is lent.
+    for own in (False, True):
+        values: dict[str, float] = {}
+        for path, figure in figures_of(link).items():
+            match = _BY_CLASS.match(figure.source)
+            if match is None or match[1] not in classes or own != (match[1] == link.name):
+                continue
             near = figures_of(link if own else classes[match[1]])
-            there = path if path in near and not own else f"ring.{path.partition('.')[2]}"
+            there = path if path in near and not own else _own_path(path)
             if there in near:
                 values[path] = _in_unit(figure, near[there])
-    return _with_values(link, values)
+        link = _with_values(link, values)
+    return link
 
 
 def _view(link: Link, sweep: Sweep, classes: Mapping[str, Link]) -> Fabric | None:

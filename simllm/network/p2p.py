@@ -3,9 +3,14 @@
 Two ranks of one domain have the links between that pair (all of a GPU's links behind a switch, one of seven in a mesh
 of eight); ranks of two domains have the sender's share of the NICs. A tapered tier is crossed by the last member of
 each subtree only, and has the share of all members. The slowest pair of the group decides.
+
+Calls follow each other, so what a call costs hides behind the bytes of the one before, or the other way round: 4 KiB to
+1 MiB between two A100 take the same 10 us, and 8 MiB take 27 us, not 38.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from simllm.network.fabric import Fabric
 from simllm.network.terms import Hops, Load, Terms, candidates
@@ -39,7 +44,7 @@ def send_recv(fabric: Fabric) -> tuple[Terms, ...]:
     if within > 0:
         up = fabric.up.p2p
         loads.append(Load(link=fabric.up.name, share=1.0, bandwidth=fabric.pair_bandwidth, curve=up))
-    return candidates(
+    found = candidates(
         "p2p",
         launches=[curve] if fabric.out is None else [fabric.up.p2p, curve],
         hops=[Hops(count=1, curve=curve)],
@@ -47,3 +52,5 @@ def send_recv(fabric: Fabric) -> tuple[Terms, ...]:
         scaleup_bytes=within,
         scaleout_bytes=1 - within,
     )
+    # The next call is started while the bytes of the one before are still under way.
+    return tuple(replace(terms, hidden_s=terms.latency_s) for terms in found)

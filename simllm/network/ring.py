@@ -11,9 +11,13 @@ with g members sends the ring's bytes through g NICs at once (NCCL, src/graph/co
 A GPU also copies part of a slot between the user's buffer and the ring's, which shows where few ranks make slots large.
 A broadcast is one pipelined pass of all S bytes around the ring. Calls that follow each other, as in nccl-tests,
 overlap, so the hops inside a domain count once, whatever their number (NCCL's own model has one hwLat for them; 4 and
-8 A100 take the same 65 us for 4 MiB), while each of the N - 1 crossings shows. The root hands a short message to the
-ring in ``S / injection`` and starts the next call, so the time of a small broadcast does not grow with N either until
-its bytes take longer than the hops. Where the ring leaves the domain, the network is what hands short messages on.
+8 A100 take the same 65 us for 4 MiB), while each of the N - 1 crossings shows. In LL not even those show: what a call
+takes is what the threads of one rank need to hand the message on. NCCL starts one thread for every 8 n bytes, at least
+64 (NCCL_LL_THREAD_THRESHOLD, src/graph/tuning.cc and src/enqueue.cc), so short messages are handed on at one rate and
+those beyond 512 n bytes by more and more threads in the time of the first 512 n: 4 nodes of 8 A100 take 15 us for 8
+KiB, 23 us for 16 KiB and 26 us for 32 KiB, 16 such nodes 74, 84 and 104 us for 64, 128 and 256 KiB.
+
+    LL = launch + min(S, 512 n) / injection + S / rate
 
 Large messages go in chunks of a fixed size (NCCL: an eighth of its 4 MiB buffer on each channel, src/enqueue.cc). Where
 a chunk is staged it arrives whole before it leaves for the next domain, so that a buffer up to the chunk c of all
@@ -28,10 +32,14 @@ from dataclasses import replace
 
 from simllm.hardware.links import Curve
 from simllm.network.fabric import Fabric
-from simllm.network.terms import Hops, Load, Terms, candidates, eager
+from simllm.network.terms import Hops, Load, Terms, candidates
 from simllm.network.tuning import reaches
 
 __all__ = ["broadcast", "ring"]
+
+# NCCL in LL: the fewest threads it starts, and the bytes for each and each rank that it takes to start more.
+_FEWEST_THREADS = 64
+_BYTES_A_THREAD = 8
 
 
 def ring(fabric: Fabric, passes: int) -> tuple[Terms, ...]:
@@ -53,7 +61,7 @@ def ring(fabric: Fabric, passes: int) -> tuple[Terms, ...]:
     up, out = fabric.up_ring, fabric.out.ring if fabric.out else None
     tuning = None if out else fabric.up.tuning
     copied = up.copied_slots / n if g > 1 else 0.0
-    return candidates(
+    found = candidates(
         "ring",
         launches=[curve for curve in (up, out) if curve],
         hops=_hops(up, out, passes * (n - 1) - crossings, crossings),
@@ -64,6 +72,9 @@ def ring(fabric: Fabric, passes: int) -> tuple[Terms, ...]:
         scaleup_bytes=inside,
         scaleout_bytes=wire - inside,
     )
+    if out is not None or up.injection is None:
+        return found
+    return tuple(option for terms in found for option in _handed_on(terms, up.injection.si / wire, n))
 
 
 def broadcast(fabric: Fabric) -> tuple[Terms, ...]:
@@ -86,7 +97,21 @@ def broadcast(fabric: Fabric) -> tuple[Terms, ...]:
     injection = (out.injection if out else None) or up.injection
     if injection is None:
         return found
-    return tuple(option for terms in found for option in (eager(terms, injection.si, launches), terms))
+    return tuple(option for terms in found for option in _handed_on(terms, injection.si, n))
+
+
+def _handed_on(terms: Terms, injection: float, ranks: int) -> tuple[Terms, ...]:
+    """A broadcast in LL by as many threads as the message is worth: the fewest at first, then more and more of them.
+
+    The time for that grows with a message up to the size from which more threads start, and stays: the cheaper of two
+    lines is right on either side of it.
+    """
+    if terms.protocol != "LL":
+        return (terms,)
+    return (
+        replace(terms, threads_s_per_byte=1 / injection),
+        replace(terms, latency_s=terms.latency_s + _FEWEST_THREADS * _BYTES_A_THREAD * ranks / injection),
+    )
 
 
 def _stored(terms: Terms, fabric: Fabric, out: Curve) -> tuple[Terms, ...]:

@@ -22,7 +22,7 @@ are never faster and more bandwidth is never slower.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import hypot, sqrt
 from typing import TYPE_CHECKING
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Hops", "Load", "Terms", "candidates", "eager"]
+__all__ = ["Hops", "Load", "Terms", "candidates"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,16 +49,19 @@ class Load:
         Its wire bandwidth, bytes/s.
     curve : Curve or SwitchCurve
         The part of the wire that messages reach, by protocol, and how long its pipeline fills.
+    messages : float
+        How many move at once, each by threads of its own, where a protocol is limited by its threads.
     """
 
     link: str
     share: float
     bandwidth: float
     curve: Curve | SwitchCurve
+    messages: float = 1.0
 
     def s_per_byte(self, protocol: str) -> float:
         """Seconds for each byte of the buffer."""
-        return self.share / (self.bandwidth * self.curve.part(protocol))
+        return self.share / min(self.bandwidth * self.curve.part(protocol), self.messages * self.curve.rate(protocol))
 
     def s_per_sqrt_byte(self, protocol: str) -> float:
         """Filling of the pipeline."""
@@ -110,6 +113,8 @@ class Terms:
         The largest buffer for which the library uses the protocol.
     hidden_s : float
         The part of the latency that hides behind the bytes, and the other way round.
+    threads_s_per_byte : float
+        What few threads take to hand a short message on, besides the bytes.
     """
 
     algorithm: str
@@ -123,12 +128,14 @@ class Terms:
     bottleneck_bandwidth: float
     most_bytes: float = float("inf")
     hidden_s: float = 0.0
+    threads_s_per_byte: float = 0.0
 
     def time_s(self, size_bytes: float) -> float:
         """Seconds for a buffer of ``size_bytes``; infinite beyond the reach of the protocol."""
         if size_bytes > self.most_bytes:
             return float("inf")
         fixed = self.latency_s - self.hidden_s + self.s_per_sqrt_byte * sqrt(size_bytes)
+        fixed += self.threads_s_per_byte * size_bytes
         return fixed + hypot(self.hidden_s, self.s_per_byte * size_bytes)
 
     def times_s(self, sizes: NDArray[np.float64], roots: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -139,6 +146,8 @@ class Terms:
         if self.hidden_s:
             np.hypot(self.hidden_s, moved, out=moved)
         times = (self.latency_s - self.hidden_s) + moved + self.s_per_sqrt_byte * roots
+        if self.threads_s_per_byte:
+            times += self.threads_s_per_byte * sizes
         if self.most_bytes != float("inf"):
             times[sizes > self.most_bytes] = float("inf")
         return times
@@ -151,7 +160,6 @@ def candidates(
     hops: Sequence[Hops],
     loads: Sequence[Load],
     slots: float = 1,
-    slot_of: Sequence[Curve | SwitchCurve] = (),
     reach: Mapping[str, float] | None = None,
     overlapped: bool = False,
     scaleup_bytes: float,
@@ -171,12 +179,10 @@ def candidates(
     hops, loads : sequence
         Dependent steps, and traffic.
     slots : float
-        Into how many slots the buffer is cut: the ranks of a ring, 1 in a tree.
-    slot_of : sequence of Curve or SwitchCurve
-        Curves whose slots end the short protocols; of all links by default.
+        Into how many slots the buffer is cut: the ranks of a ring.
     reach : mapping of str to float, optional
-        The largest buffer for each protocol where the library's own model is known (`simllm.network.tuning`), instead
-        of slots; those that are not there are never used.
+        The largest buffer for each protocol, where it is no slot of every link: by the library's own model
+        (`simllm.network.tuning`), or the whole buffer of a tree; those that are not there are never used.
     overlapped : bool
         Whether steps hide behind their bytes.
     scaleup_bytes, scaleout_bytes : float
@@ -216,18 +222,7 @@ def candidates(
                 scaleout_bytes=scaleout_bytes,
                 bottleneck=worst.link,
                 bottleneck_bandwidth=worst.bandwidth,
-                most_bytes=slots * min(curve.slot_bytes(name) for curve in slot_of or used)
-                if reach is None
-                else reach[name],
+                most_bytes=slots * min(curve.slot_bytes(name) for curve in used) if reach is None else reach[name],
             )
         )
     return tuple(found)
-
-
-def eager(terms: Terms, injection: float, launches: Sequence[Curve]) -> Terms:
-    """The same, where the sender goes on to the next call once it has handed its bytes over at ``injection`` bytes/s.
-
-    Calls that follow each other then overlap their steps, which is what nccl-tests times.
-    """
-    launch_s = sum(curve.launch_s(terms.protocol) for curve in launches)
-    return replace(terms, latency_s=launch_s, hidden_s=0.0, s_per_byte=terms.s_per_byte + 1 / injection)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from math import log2
 
-from simllm.hardware.links import Curve
+from simllm.hardware.links import PROTOCOLS, Curve
 from simllm.network.fabric import Fabric
 from simllm.network.terms import Hops, Load, Terms, candidates
 
@@ -75,7 +75,8 @@ def tree(fabric: Fabric) -> tuple[Terms, ...]:
             Hops(count=2 * log2(blocks), curve=curve),
         ],
         loads=loads,
-        slot_of=[curve],  # a slot of the rings inside is a part of the buffer, one of the tree is all of it
+        # A slot of the rings inside is a part of the buffer, one of the tree is all of it.
+        reach={name: curve.slot_bytes(name) for name in PROTOCOLS if curve.has(name)},
         scaleup_bytes=inside,
         scaleout_bytes=2 * (blocks - 1) / fabric.size,
     )

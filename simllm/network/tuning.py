@@ -9,50 +9,25 @@ poor estimate of the time on either side, so measured times step where it says: 
 
 with f = 2 for all-reduce, 1 for all-gather and reduce-scatter. ``bus`` is what the rings carry that NCCL finds in the
 topology; LL reaches no more than a rate of its own on each generation of GPUs. LL128 is enabled over NVLink only. The
-constants are those of v2.30, and of v2.8 for the classes of earlier libraries, where an all-reduce in LL was taken to
-reach a quarter of the rings and the others a third.
+latencies are those of the link classes ``nccl-nvlink`` and ``nccl-pcie``, of v2.30, and ``nccl-2-8-nvlink``, where an
+all-reduce in LL was taken to reach a quarter of the rings and the others a third.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Final
 
-from simllm.hardware.links import Tuning
+from simllm.hardware.links import Tuning, load_link
 
 __all__ = ["reaches"]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Rated:
-    """A protocol as the library's model has it: seconds of a call and of a step, the part of the rings it reaches."""
-
-    launch_s: float
-    step_s: float
-    part: float
-    reduced_part: float | None = None
-
-    def per_byte(self, bus: float, most: float, reduces: bool) -> float:
-        part = self.reduced_part if reduces and self.reduced_part is not None else self.part
-        return 1 / min(part * bus, most)
-
-
-_MODELS: Final[Mapping[str, Mapping[str, _Rated]]] = {
-    "nccl-nvlink": {
-        "LL": _Rated(launch_s=6.6e-6, step_s=0.6e-6, part=1 / 2),
-        "LL128": _Rated(launch_s=14e-6, step_s=1.9e-6, part=0.92),
-        "Simple": _Rated(launch_s=8.4e-6, step_s=3.4e-6, part=1),
-    },
-    "nccl-pci": {
-        "LL": _Rated(launch_s=6.6e-6, step_s=1.0e-6, part=1 / 2),
-        "Simple": _Rated(launch_s=8.4e-6, step_s=5.7e-6, part=1),
-    },
-    "nccl-2-10-nvlink": {
-        "LL": _Rated(launch_s=3.6e-6, step_s=0.47e-6, part=1 / 3, reduced_part=1 / 4),
-        "LL128": _Rated(launch_s=10e-6, step_s=1.9e-6, part=0.92),
-        "Simple": _Rated(launch_s=8.4e-6, step_s=3.4e-6, part=1),
-    },
+# Part of the rings that each protocol reaches: in all-gather and reduce-scatter, and in all-reduce.
+_PARTS: Final[Mapping[str, Mapping[str, tuple[float, float]]]] = {
+    "nccl-nvlink": {"LL": (1 / 2, 1 / 2), "LL128": (0.92, 0.92), "Simple": (1, 1)},
+    "nccl-pcie": {"LL": (1 / 2, 1 / 2), "Simple": (1, 1)},
+    "nccl-2-8-nvlink": {"LL": (1 / 3, 1 / 4), "LL128": (0.92, 0.92), "Simple": (1, 1)},
 }
 
 
@@ -79,17 +54,17 @@ def reaches(tuning: Tuning, size: int, passes: int) -> dict[str, float]:
     >>> [(name, round(most / 1e6, 1)) for name, most in reaches(tuning, 8, 2).items()]
     [('LL', 2.1), ('LL128', 24.3), ('Simple', inf)]
     """
-    model = _MODELS[tuning.model]
+    calls = load_link(tuning.model).ring
     bus = tuning.bus if size > 2 or tuning.pair_bus is None else tuning.pair_bus
     most = {"LL": float("inf") if tuning.ll is None else tuning.ll.si}
     wire = passes * (size - 1) / size
     # Straight lines over the size: how high each begins, and how steep it is.
     lines = {
         name: (
-            rated.launch_s + passes * (size - 1) * rated.step_s,
-            wire * rated.per_byte(bus.si, most.get(name, float("inf")), passes == 2),
+            calls.launch_s(name) + passes * (size - 1) * calls.step_s(name),
+            wire / min(parts[passes - 1] * bus.si, most.get(name, float("inf"))),
         )
-        for name, rated in model.items()
+        for name, parts in _PARTS[tuning.model].items()
     }
     found = {}
     for name, (low, steep) in lines.items():

@@ -40,6 +40,10 @@ def _part(value: float) -> Part:
     return Part(value=value, unit="fraction", source="test", basis="assumed")
 
 
+def _rate(value: float) -> BytesPerSecond:
+    return BytesPerSecond(value=value, unit="GB/s", source="test", basis="assumed")
+
+
 def _curve(efficiency: float, launch: float, step: float, copy: float = 0.0, ramp: float = 0.0) -> Curve:
     slots = SlotParts(value=copy, unit="fraction", source="test", basis="assumed")
     return Curve(efficiency=_part(efficiency), launch=_us(launch), step=_us(step), ramp=_us(ramp), copy=slots)
@@ -146,24 +150,47 @@ def test_broadcast_sends_all_bytes_over_every_edge() -> None:
     assert terms.scaleup_bytes == 7 / 8
 
 
-def test_broadcasts_in_a_row_overlap() -> None:
-    # At 1 GB/s of injection, 512 bytes are handed over in 0.512 us instead of the 1 us of the hops; 1 MB is not.
-    curve = msgspec.structs.replace(
-        _curve(0.5, 10, 1), injection=BytesPerSecond(value=1, unit="GB/s", source="test", basis="assumed")
-    )
+def test_few_threads_hand_on_short_broadcasts() -> None:
+    # Among 8 ranks one thread for 64 bytes, at least 64 of them: 1 GB/s up to 4 KiB, and no longer than that beyond.
+    short = Protocol(launch=_us(8), rate=_rate(4))
+    curve = msgspec.structs.replace(_curve(0.5, 10, 1), injection=_rate(1), ll=short)
     found = broadcast(replace(view(8, 1), up=msgspec.structs.replace(UP, broadcast=curve)))
-    assert min(terms.time_s(512) for terms in found) == pytest.approx(10e-6 + 512 / 1e9 + 512 / 50e9)
-    assert min(terms.time_s(1e6) for terms in found) == pytest.approx(11e-6 + 1e6 / 50e9)
+    assert {terms.protocol for terms in found} == {"LL", "Simple"}
+    low = [terms for terms in found if terms.protocol == "LL"]
+    for size, handed_on in ((512, 512), (4096, 4096), (16384, 4096)):
+        assert min(terms.time_s(size) for terms in low) == pytest.approx(8e-6 + handed_on / 1e9 + size / 4e9)
+    assert simple(found).time_s(1e6) == pytest.approx(11e-6 + 1e6 / 50e9)
 
 
 def test_networks_hand_on_short_broadcasts_at_their_own_rate() -> None:
-    slow, fast = (BytesPerSecond(value=rate, unit="GB/s", source="test", basis="assumed") for rate in (0.5, 2))
-    up = msgspec.structs.replace(UP, broadcast=msgspec.structs.replace(_curve(0.5, 10, 1), injection=fast))
-    out = msgspec.structs.replace(OUT, broadcast=msgspec.structs.replace(_curve(1, 5, 10), injection=slow))
-    inside, across = (min(t.time_s(1000) for t in broadcast(replace(view(n, m), up=up))) for n, m in ((8, 1), (16, 2)))
-    own = min(t.time_s(1000) for t in broadcast(replace(view(16, 2), up=up, out=out)))
-    assert inside == pytest.approx(10e-6 + 1000 / 2e9 + 1000 / 50e9)
-    assert own - across == pytest.approx(1000 / 0.5e9 - 1000 / 2e9)
+    short = Protocol(rate=_rate(4))
+    slow, fast = (msgspec.structs.replace(_curve(1, 5, 10), injection=_rate(rate), ll=short) for rate in (0.5, 2))
+    up = msgspec.structs.replace(UP, broadcast=fast)
+    out = msgspec.structs.replace(OUT, broadcast=slow)
+    inside = min(t.time_s(1000) for t in broadcast(replace(view(8, 1), up=up)))
+    across = min(t.time_s(1000) for t in broadcast(replace(view(16, 2), up=up, out=out)))
+    assert inside == pytest.approx(5e-6 + 1000 / 2e9 + 1000 / 4e9)
+    assert across == pytest.approx(2 * 5e-6 + 1000 / 0.5e9 + 1000 / 4e9)
+
+
+def test_old_libraries_start_few_threads_in_rings_too() -> None:
+    curve = msgspec.structs.replace(_curve(0.5, 10, 1), injection=_rate(1), ll=Protocol(step=_us(0.1), rate=_rate(4)))
+    found = ring(replace(view(8, 1), up=msgspec.structs.replace(UP, ring=curve)), 2)
+    for size, handed_on in ((512, 512), (65536, 4096)):
+        time_s = min(terms.time_s(size) for terms in found if terms.protocol == "LL")
+        assert time_s == pytest.approx(10e-6 + 1.75 * handed_on / 1e9 + hypot(1.4e-6, 1.75 * size / 4e9))
+
+
+def test_threads_limit_short_protocols_over_any_wire() -> None:
+    # 7 messages of S/8 at once, each at 2 GB/s by its own threads: 14 GB/s of the 50 that large messages reach.
+    curve = msgspec.structs.replace(_curve(0.5, 10, 0), ll=Protocol(rate=_rate(2)))
+    low = next(t for t in all_to_all(replace(view(8, 1), up=msgspec.structs.replace(UP, all_to_all=curve))))
+    assert (low.protocol, low.time_s(8e4)) == ("LL", pytest.approx(10e-6 + 1e4 / 2e9))
+    # Where the wire is slower, the flags take half of it in LL and a twelfth in LL128.
+    curve = msgspec.structs.replace(_curve(0.5, 10, 0), ll=Protocol(rate=_rate(200)), ll128=Protocol())
+    found = all_to_all(replace(view(8, 1), up=msgspec.structs.replace(UP, all_to_all=curve)))
+    rates = [7 / 8 / terms.s_per_byte / 1e9 for terms in found]
+    assert rates == pytest.approx([25, 46, 50])
 
 
 def test_protocols_end_at_their_largest_slot() -> None:
@@ -251,9 +278,10 @@ def test_all_to_all() -> None:
 
 
 def test_send_recv() -> None:
-    assert simple(send_recv(view(2, 1))).time_s(1e9) == pytest.approx(11e-6 + 1 / 50)
+    # What a call costs hides behind the bytes of the one before it: 11 us, and 20 us of bytes.
+    assert simple(send_recv(view(2, 1))).time_s(1e6) == pytest.approx(hypot(11e-6, 20e-6))
     terms = simple(send_recv(view(2, 2)))
-    assert terms.time_s(1e9) == pytest.approx(25e-6 + 1 / 10)
+    assert terms.time_s(1e6) == pytest.approx(hypot(25e-6, 100e-6))
     assert (terms.scaleup_bytes, terms.scaleout_bytes) == (0, 1)
 
 

@@ -21,7 +21,7 @@ from simllm.hardware import load_cluster, make_cluster
 from simllm.hardware.links import Link, load_link
 from simllm.hardware.profiles import check_profile, figures_of, parse_yaml, profiles_dir
 from simllm.network import Group, bus_factor, price
-from simllm.network.calibrate import FIT
+from simllm.network.calibrate import FIT, calibrate
 from simllm.network.fabric import fabric
 from simllm.network.measurements import Sweep
 from simllm.validation.collective_rows import measured_series, measurement, operation_name, read_rows
@@ -617,6 +617,35 @@ def test_calibration_finds_the_figures_of_a_machine() -> None:
     for path in before:
         assert path in fit.paths or figures[path] == before[path]
     assert not any(path.startswith(("all_to_all", "p2p")) for path in fit.paths)
+
+
+def test_a_disturbed_point_is_not_fitted() -> None:
+    """What took longer than a larger message is judged, and moves no figure."""
+    text, _ = synthetic("nvlink4", {"ring.efficiency": 0.7})
+    clean = measured_sweeps(log_rows(text, "mine.log")).sweeps
+    pause = 5
+    assert clean[0].times_s[pause + 1] > clean[0].times_s[pause]
+    times = [2 * time if i == pause else time for i, time in enumerate(clean[0].times_s)]
+    disturbed = (replace(clean[0], times_s=tuple(times)), *clean[1:])
+    missing = replace(
+        clean[0],
+        sizes_bytes=clean[0].sizes_bytes[:pause] + clean[0].sizes_bytes[pause + 1 :],
+        times_s=clean[0].times_s[:pause] + clean[0].times_s[pause + 1 :],
+    )
+    link, paths = load_link("nvlink4"), ("ring.efficiency", "ring.launch")
+    assert calibrate(link, disturbed, paths).link == calibrate(link, (missing, *clean[1:]), paths).link
+    assert calibrate(link, disturbed, paths).points == sum(len(sweep.sizes_bytes) for sweep in clean) - 1
+    # A little longer is how libraries change protocol.
+    slow = replace(clean[0], times_s=tuple(1.2 * t if i == pause else t for i, t in enumerate(clean[0].times_s)))
+    assert calibrate(link, (slow, *clean[1:]), paths).points == sum(len(sweep.sizes_bytes) for sweep in clean)
+
+
+def test_send_and_receive_follow_the_all_to_all() -> None:
+    for name in ("nvlink2", "nvlink3", "nvlink4", "pcie5"):
+        figures = figures_of(load_link(name))
+        for part in ("launch", "step", "ll.launch", "ll.step", "ll.rate"):
+            own, kin = figures[f"p2p.{part}"], figures[f"all_to_all.{part}"]
+            assert own.si == kin.si, (name, part)
 
 
 def test_calibrated_profile_reads_back(tmp_path: Path) -> None:

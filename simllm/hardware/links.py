@@ -24,6 +24,7 @@ __all__ = [
     "Earlier",
     "Extra",
     "Link",
+    "Multiple",
     "Part",
     "Posting",
     "Protocol",
@@ -70,6 +71,13 @@ class SlotParts(Figure, frozen=True):
     """Slots (one rank's part of the buffer) that are copied besides those that travel; may be zero."""
 
     dimension = "fraction"
+    minimum = 0.0
+
+
+class Multiple(Figure, frozen=True):
+    """How many times something counts, not a whole number."""
+
+    dimension = "count"
     minimum = 0.0
 
 
@@ -127,7 +135,10 @@ class Curve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     ramp : Figure
         Filling time of the pipeline, see `simllm.network.terms`.
     copy : Figure or None
-        Slots that each GPU copies locally, for rings and all-to-all; None for none.
+        Slots that each GPU copies locally, for rings; None for none.
+    channels, channel : Figure or None
+        Of an all-to-all: how many channels move what a GPU sends and what stays on it, and what one of them moves; None
+        where the wire alone limits them.
     injection : Figure or None
         Of a broadcast: the rate at which the fewest threads that the library starts hand short messages on; of a
         scale-out link: in a ring that crosses it, None for that of the link inside.
@@ -144,6 +155,8 @@ class Curve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     inner_step: Seconds | None = None
     ramp: Seconds
     copy: SlotParts | None = None
+    channels: Multiple | None = None
+    channel: BytesPerSecond | None = None
     injection: BytesPerSecond | None = None
     chunk: Bytes | None = None
     ll: Protocol | None = None
@@ -199,6 +212,13 @@ class Curve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     def chunk_bytes(self) -> float:
         """What the channels hand over whole; zero for nothing."""
         return 0.0 if self.chunk is None else self.chunk.si
+
+    @property
+    def moved(self) -> float:
+        """What the channels of a GPU move altogether, bytes/s."""
+        if self.channels is None or self.channel is None:
+            return float("inf")
+        return self.channels.si * self.channel.si
 
     @property
     def copied_slots(self) -> float:

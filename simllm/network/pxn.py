@@ -41,7 +41,7 @@ def pxn(fabric: Fabric) -> tuple[Terms, ...]:
         loads=[
             Load(
                 link=fabric.up.name,
-                share=inside + up.copied_slots / n,
+                share=inside,
                 bandwidth=fabric.shuffle_bandwidth,
                 curve=up,
             ),

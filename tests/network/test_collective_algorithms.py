@@ -13,7 +13,7 @@ import pytest
 from simllm.errors import InputError, UnsupportedError
 from simllm.hardware.cluster import load_cluster
 from simllm.hardware.figures import Bytes, BytesPerSecond, Count
-from simllm.hardware.links import Curve, Link, Part, Posting, Protocol, Seconds, SlotParts, SwitchCurve
+from simllm.hardware.links import Curve, Link, Multiple, Part, Posting, Protocol, Seconds, SlotParts, SwitchCurve
 from simllm.hardware.profiles import check_profile, load_profile_file, profiles_dir
 from simllm.network import Group, price
 from simllm.network.alltoall import all_to_all
@@ -275,6 +275,18 @@ def test_all_to_all() -> None:
     assert terms.latency_s == pytest.approx((10 + 5 + 7 + 80) * 1e-6)
     assert terms.s_per_byte == pytest.approx(0.5 / 10e9)
     assert (terms.scaleup_bytes, terms.scaleout_bytes) == (7 / 16, 8 / 16)
+
+
+def test_channels_move_what_stays_too() -> None:
+    # 3 channels of 10 GB/s for all of S: slower than half of S over 50 GB/s, faster than it between domains.
+    three = Multiple(value=3, unit="count", source="test", basis="assumed")
+    curve = msgspec.structs.replace(_curve(0.5, 10, 1), channels=three, channel=_rate(10))
+    up = msgspec.structs.replace(UP, all_to_all=curve)
+    assert simple(all_to_all(replace(view(2, 1), up=up))).s_per_byte == pytest.approx(1 / 30e9)
+    assert simple(all_to_all(replace(view(16, 2), up=up))).s_per_byte == pytest.approx(0.5 / 10e9)
+    many = msgspec.structs.replace(curve, channel=_rate(100))
+    wide = msgspec.structs.replace(UP, all_to_all=many)
+    assert simple(all_to_all(replace(view(2, 1), up=wide))).s_per_byte == pytest.approx(0.5 / 50e9)
 
 
 def test_send_recv() -> None:

@@ -100,6 +100,7 @@ def in_series(algorithm: str, first: tuple[Terms, ...], second: tuple[Terms, ...
                 latency_s=a.latency_s + b.latency_s,
                 s_per_byte=a.s_per_byte + b.s_per_byte,
                 s_per_sqrt_byte=a.s_per_sqrt_byte + b.s_per_sqrt_byte,
+                threads_s_per_byte=a.threads_s_per_byte + b.threads_s_per_byte,
                 scaleup_bytes=a.scaleup_bytes + b.scaleup_bytes,
                 scaleout_bytes=a.scaleout_bytes + b.scaleout_bytes,
                 bottleneck=limit.bottleneck,

@@ -76,13 +76,13 @@ def wire_times_s(cluster: Cluster, group: Group, costs: Sequence[CollectiveCost]
 
 
 def _ideal(link: Link) -> Link:
-    """A link class whose messages reach the full rate of the wire and are not copied on the way."""
+    """A link class whose messages reach the full rate of the wire, are not copied and need no channels."""
     changes: dict[str, msgspec.Struct] = {}
     for name in link.__struct_fields__:
         curve = getattr(link, name)
         if isinstance(curve, Curve | SwitchCurve):
             whole = msgspec.structs.replace(curve.efficiency, value=1.0)
-            copies = {"copy": None} if isinstance(curve, Curve) else {}
+            copies = {"copy": None, "channels": None} if isinstance(curve, Curve) else {}
             changes[name] = msgspec.structs.replace(curve, efficiency=whole, **copies)
     return msgspec.structs.replace(link, **changes)
 

@@ -305,6 +305,11 @@ def test_hierarchical_adds_its_levels() -> None:
     assert terms.scaleout_bytes == pytest.approx(1.5 / 8)
     assert hierarchical(view(8, 1), 2) == ()
     assert simple(hierarchical_broadcast(view(32, 4))).s_per_byte == pytest.approx(1 / 50e9 + 1 / 80e9)
+    # Few threads hand short messages on inside, at 1 GB/s, and then everything crosses.
+    curve = msgspec.structs.replace(_curve(0.5, 10, 0), injection=_rate(1), ll=Protocol(rate=_rate(50)))
+    found = hierarchical(replace(view(32, 4), up=msgspec.structs.replace(UP, ring=curve)), 2)
+    short = next(terms for terms in found if terms.threads_s_per_byte)
+    assert short.time_s(512) == pytest.approx(75e-6 + (1.75 / 1e9 + 1.75 / 25e9 + 1.5 / 80e9) * 512)
 
 
 def test_torus_is_the_vendors_all_reduce_bandwidth() -> None:

@@ -34,6 +34,7 @@ from simllm.validation.table import Row
         ("all_gather", "mi300x-platform", 8, "ring", 448e9),
         ("send_recv", "dgx-h100", 8, None, 450e9),
         ("all_to_all", "dgx-h100", 8, None, 450e9),
+        ("all_to_all", "dgx-h100", 2, None, 450e9),  # its channels are slower, but no limit of the wire
         # Two nodes: half of what a GPU sends leaves over its NIC, of which busbw counts 15/16.
         ("all_to_all", "dgx-h100", 16, None, 50e9 * 2 * 15 / 16),
     ],

@@ -108,7 +108,7 @@ def collectives(
     \b
     Examples:
       simllm validate collectives tests/published/collectives.csv
-      simllm validate collectives tests/published/collectives.csv --cross-validate 5
+      simllm validate collectives tests/published/collectives.csv --cross-validate 10
       simllm validate collectives tests/published/collectives.csv --worst 20
     """
     from simllm.report.validation import collective_validation_report

@@ -140,8 +140,8 @@ class Curve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         Of an all-to-all: how many channels move what a GPU sends and what stays on it, and what one of them moves; None
         where the wire alone limits them.
     injection : Figure or None
-        Of a broadcast: the rate at which the fewest threads that the library starts hand short messages on; of a
-        scale-out link: in a ring that crosses it, None for that of the link inside.
+        Of a broadcast, and of rings under old libraries: the rate at which the fewest threads that the library starts
+        hand short messages on; of a scale-out link: in a ring that crosses it, None for that of the link inside.
     chunk : Figure or None
         Of a broadcast: what all channels together hand over at a time, where it arrives whole before it goes on; None
         where the pipeline is finer than that.
@@ -161,6 +161,10 @@ class Curve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     chunk: Bytes | None = None
     ll: Protocol | None = None
     ll128: Protocol | None = None
+
+    def __post_init__(self) -> None:
+        if (self.channels is None) != (self.channel is None):
+            raise ValueError("channels need the rate of one of them, `channel`, and the other way round")
 
     def has(self, protocol: str) -> bool:
         """Whether the library can use the link so."""

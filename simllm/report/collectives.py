@@ -82,7 +82,7 @@ def _ideal(link: Link) -> Link:
         curve = getattr(link, name)
         if isinstance(curve, Curve | SwitchCurve):
             whole = msgspec.structs.replace(curve.efficiency, value=1.0)
-            copies = {"copy": None, "channels": None} if isinstance(curve, Curve) else {}
+            copies = {"copy": None, "channels": None, "channel": None} if isinstance(curve, Curve) else {}
             changes[name] = msgspec.structs.replace(curve, efficiency=whole, **copies)
     return msgspec.structs.replace(link, **changes)
 

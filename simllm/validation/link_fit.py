@@ -276,8 +276,12 @@ def _fit(link: Link, sweeps: Sequence[Sweep], source: str) -> LinkFit:
 
 def _candidates(link: Link) -> list[str]:
     """Key paths of figures that a fit may move: durations, parts, rates and slots, not numbers or what is believed."""
-    figures = figures_of(link).items()
-    return [path for path, figure in figures if not isinstance(figure, Count) and not path.startswith("tuning.")]
+    believed = ("tuning.", "all_to_all.channel.")
+    return [
+        path
+        for path, figure in figures_of(link).items()
+        if not isinstance(figure, Count) and not f"{path}.".startswith(believed)
+    ]
 
 
 def _tells(link: Link, path: str, sweeps: Sequence[Sweep]) -> bool:

@@ -648,6 +648,14 @@ def test_send_and_receive_follow_the_all_to_all() -> None:
             assert own.si == kin.si, (name, part)
 
 
+def test_channels_need_the_rate_of_one(tmp_path: Path) -> None:
+    text = (profiles_dir() / "links" / "nvlink4.yaml").read_text()
+    file = tmp_path / "nvlink4.yaml"
+    file.write_text("".join(line for line in text.splitlines(keepends=True) if not line.startswith("  channel:")))
+    (problem,) = check_profile(file)
+    assert "channels need the rate of one of them" in problem
+
+
 def test_calibrated_profile_reads_back(tmp_path: Path) -> None:
     text, _ = synthetic("nvlink4", {"ring.efficiency": 0.7})
     (fit,) = fit_links(measured_sweeps(log_rows(text, "mine.log")).sweeps, "mine.log")

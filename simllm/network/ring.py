@@ -101,7 +101,7 @@ def broadcast(fabric: Fabric) -> tuple[Terms, ...]:
 
 
 def _handed_on(terms: Terms, injection: float, ranks: int) -> tuple[Terms, ...]:
-    """A broadcast in LL by as many threads as the message is worth: the fewest at first, then more and more of them.
+    """A collective in LL by as many threads as the message is worth: the fewest at first, then more and more of them.
 
     The time for that grows with a message up to the size from which more threads start, and stays: the cheaper of two
     lines is right on either side of it.

@@ -15,6 +15,7 @@ from statistics import median
 from typing import Any, Literal
 
 from simllm.errors import InputError
+from simllm.kernels.fitting import require_scipy
 from simllm.network.calibrate import calibrate_all, predict
 from simllm.network.fabric import fabric
 from simllm.network.measurements import Sweep
@@ -135,8 +136,9 @@ def cross_validate(
     Raises
     ------
     InputError
-        Fewer sweeps than folds, or less than two folds.
+        Fewer sweeps than folds, less than two folds, or scipy is not installed.
     """
+    require_scipy()
     labels = {"sweeps": {sweep.name for sweep in sweeps}, "systems": {sweep.system for sweep in sweeps}}
     if not 2 <= folds <= len(labels["sweeps"]):
         raise InputError(f"--cross-validate={folds} must be from 2 to {len(labels['sweeps'])}, the sweeps in the file")

@@ -763,6 +763,12 @@ def test_what_others_measured_on_the_same_devices() -> None:
     assert elsewhere(predictions[:1]) == {}
 
 
+def test_no_fit_without_scipy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("simllm.kernels.fitting.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"a fit needs scipy; install it with: pip install 'simllm\[calibrate\]'"):
+        cross_validate(eight_gpus_of_two_kinds(), 3)
+
+
 @pytest.mark.parametrize("folds", [1, 10])
 def test_folds_that_cannot_be(folds: int) -> None:
     with pytest.raises(InputError, match=f"--cross-validate={folds} must be from 2 to 9, the sweeps in the file"):
